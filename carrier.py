@@ -1,0 +1,301 @@
+"""The carrier: weight deltas and binary gates beside a base model that is never changed.
+
+    W = W_b + (r ⊗ c) ⊙ Δ          Eq. 1, 2: r gates the rows (outputs) of Δ, c its columns (inputs)
+
+Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·head_dim, f = d_ff; T tokens in all.
+A carrier is handed to the forward pass (`net(ids, carrier=c)`). It comes in two states: `Carrier`, whose gates and
+deltas train, and `Merged`, frozen weights for everything that only reads (generation, KL, the trigger).
+"""
+import copy
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import InputError
+
+# Table 5: 8 gate vectors a layer, shared between projections; Δ of each projection has a row gate and a column gate.
+GROUPS = ("attn_read", "attn_q", "attn_k", "attn_v", "attn_write", "ffn_read", "ffn_hidden", "ffn_write")
+PROJECTIONS = {
+    #  name      row gate      column gate
+    "q_proj":    ("attn_q",     "attn_read"),
+    "k_proj":    ("attn_k",     "attn_read"),
+    "v_proj":    ("attn_v",     "attn_read"),
+    "o_proj":    ("attn_write", "attn_v_wide"),  # o_proj reads the context, made of values: attn_v, repeated for GQA
+    "gate_proj": ("ffn_hidden", "ffn_read"),
+    "up_proj":   ("ffn_hidden", "ffn_read"),
+    "down_proj": ("ffn_write",  "ffn_hidden"),
+}
+DENSE_BELOW = 1 << 17   # a Δ with fewer entries than this is not worth gathering open rows and columns for
+LANES = 16              # gathered rows and columns are padded to a multiple of this: matrix units want aligned sizes
+
+
+def group_sizes(config):
+    """Length of each of the 8 gate vectors of a layer (Table 5)."""
+    d, f = config.hidden_size, config.intermediate_size
+    d_q, d_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return dict(zip(GROUPS, (d, d_q, d_kv, d_kv, d, d, f, d)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+class Heaviside(torch.autograd.Function):
+    """g = H(m): 1 if m > 0 else 0 (Eq. 26); backward ∂g/∂m ≈ σ(m)(1 − σ(m)) (Eq. 27)."""
+
+    @staticmethod
+    def forward(ctx, m):
+        ctx.save_for_backward(m)
+        return (m > 0).to(m.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        s = torch.sigmoid(ctx.saved_tensors[0])
+        return grad * s * (1 - s)
+
+
+def penalty(logits):
+    """Ω(m) = Σ σ(m) over all gates, a sum and not a mean (Eq. 3)."""
+    return torch.sigmoid(logits).sum()
+
+
+# ----------------------------------------------------------------------------------------------- the gated linear layer
+
+def masked_weight(weight, delta, row, col):
+    """The literal Eq. 1, W_b + (r ⊗ c) ⊙ Δ: the definition. weight, delta (d_out, d_in), row (d_out), col (d_in)."""
+    return weight + torch.outer(row, col) * delta
+
+
+def gated_activations(x, weight, delta, row, col, bias=None, scale=1.0):
+    """The same by gating activations, W_b x + r ⊙ Δ(c ⊙ x) (Eq. 9–20). `scale` multiplies the delta's part and may be
+    one number a row of the batch, (B, 1, 1): 0 is the base bit for bit, 1 the carrier."""
+    return F.linear(x, weight, bias) + scale * (row * F.linear(x * col, delta.to(x.dtype))).to(x.dtype)
+
+
+class GatedLinear(torch.autograd.Function):
+    """x (…, d_in) → (…, d_out) through masked_weight(): one product forward, and backward, with G = ∂L/∂W,
+
+        ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
+
+    G is needed on open rows and open columns only: with `index` = (open rows, open columns) just those are computed.
+    Saves the merged weight and no other d_out × d_in tensor; gradients have Δ's dtype whatever x computes in.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, delta, row, col, bias, index):
+        merged = torch.addcmul(weight, delta * row[:, None], col).to(weight.dtype)            # (d_out, d_in)
+        ctx.save_for_backward(x, merged, delta, row, col)
+        ctx.index = index
+        return F.linear(x, merged, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, merged, delta, row, col = ctx.saved_tensors
+        grad_x = grad @ merged if ctx.needs_input_grad[0] else None
+        X, Y = x.flatten(0, -2), grad.flatten(0, -2)                                         # (T, d_in), (T, d_out)
+        if not any(ctx.needs_input_grad[2:5]):
+            return grad_x, None, None, None, None, None, None
+        if ctx.index is None:
+            G = (Y.t() @ X).to(delta.dtype)                                                  # (d_out, d_in)
+            grad_row = grad_col = None
+            if ctx.needs_input_grad[3]:
+                P = G * delta
+                grad_row, grad_col = P @ col, row @ P
+            grad_delta = G.mul_(row[:, None]).mul_(col) if ctx.needs_input_grad[2] else None
+        else:
+            rows, cols = ctx.index
+            open_row = row[rows]
+            G_rows = (Y.index_select(1, rows).t() @ X).to(delta.dtype)                       # (|R|, d_in)
+            G_cols = (Y.t() @ X.index_select(1, cols)).to(delta.dtype)                       # (d_out, |C|)
+            grad_col = open_row @ (G_rows * delta.index_select(0, rows))                     # (d_in)
+            grad_row = (G_cols * delta.index_select(1, cols)) @ col[cols]                    # (d_out)
+            grad_delta = None
+            if ctx.needs_input_grad[2]:
+                G_rows.mul_(open_row[:, None]).mul_(col)
+                grad_delta = torch.zeros_like(delta).index_copy_(0, rows, G_rows)
+        return grad_x, None, grad_delta, grad_row, grad_col, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------- the carrier
+
+class Carrier(nn.Module):
+    """Gate logits `logits` (L, gates a layer) and deltas `delta[l][name]` (d_out, d_in) for a model of this `config`.
+
+    Starts with Δ = 0 and every gate open. Deltas keep their own dtype (fp32 by default): steps of 2e-5 survive there.
+    """
+
+    def __init__(self, config, dtype=torch.float32, device="cpu"):
+        super().__init__()
+        self.config, self.sizes = config, group_sizes(config)
+        wide = {**self.sizes, "attn_v_wide": self.sizes["attn_q"]}
+        shapes = {name: (wide[row], wide[col]) for name, (row, col) in PROJECTIONS.items()}
+        self.logits = nn.Parameter(torch.ones(config.num_hidden_layers, sum(self.sizes.values()), device=device))
+        self.delta = nn.ModuleList(nn.ParameterDict({name: torch.zeros(s, dtype=dtype, device=device)
+                                                     for name, s in shapes.items()}) for _ in range(len(self.logits)))
+
+    def init_gates(self, mean=1.5, std=0.5, seed=0):
+        """m ~ N(1.5, 0.5): about 99.9 % of the gates open, so that training starts from the whole SFT model (App. B)."""
+        with torch.no_grad():
+            noise = torch.randn(self.logits.shape, generator=torch.Generator().manual_seed(seed))
+            self.logits.copy_(mean + std * noise)
+        return self
+
+    def split(self, gates):
+        """(L, gates a layer) → one dict a layer, group → vector, and `attn_v_wide`, attn_v repeated for o_proj (GQA)."""
+        c, layers = self.config, []
+        for vectors in (row.split(list(self.sizes.values())) for row in gates.unbind(0)):
+            layer = dict(zip(GROUPS, vectors))
+            v = layer["attn_v"].view(c.num_key_value_heads, 1, c.head_dim)
+            layer["attn_v_wide"] = v.expand(-1, c.num_attention_heads // c.num_key_value_heads, -1).reshape(-1)
+            layers.append(layer)
+        return layers
+
+    def vectors(self, layer, name):
+        """The row and the column vector of a projection, out of one of split()'s dicts."""
+        row, col = PROJECTIONS[name]
+        return layer[row], layer[col]
+
+    @torch.no_grad()
+    def open_channels(self):
+        """Per layer: name → (open rows, open columns) as index tensors, for the projections where enough gates are shut
+        to pay. Padded with shut channels, whose gates are 0 anyway, to a multiple of LANES. One sync with the device."""
+        layers = self.split(self.logits > 0)
+        counts = iter(torch.stack([g.sum() for layer in layers for g in layer.values()]).tolist())
+        found = []
+        for layer in layers:
+            size = {g: min(len(v), -(-next(counts) // LANES) * LANES) for g, v in layer.items()}
+            first = functools.cache(lambda g: layer[g].byte().argsort(descending=True, stable=True)[:size[g]])
+            found.append({})
+            for name, (row, col) in PROJECTIONS.items():
+                if size[row] / len(layer[row]) + size[col] / len(layer[col]) < 0.9:
+                    found[-1][name] = first(row), first(col)
+        return found
+
+    def bind(self, net, scale=None):
+        """linear(l, name, x) for one forward pass: the gates are built here, once. `scale`: None, or (B,) numbers that
+        multiply the delta row by row of the batch, so that one batch serves the behaviour on and off."""
+        gates = self.split(Heaviside.apply(self.logits))
+        if scale is not None:
+            scale = torch.as_tensor(scale, dtype=net.dtype, device=self.logits.device).view(-1, 1, 1)
+        large = any(p.numel() >= DENSE_BELOW for p in self.delta[0].values()) and torch.is_grad_enabled() and scale is None
+        index = self.open_channels() if large and self.logits.requires_grad else None
+
+        def linear(l, name, x):
+            base, delta = net.projections[l][name], self.delta[l][name]
+            row, col = (g.to(delta.dtype) for g in self.vectors(gates[l], name))
+            if scale is not None:
+                return gated_activations(x, base.weight, delta, row.to(x.dtype), col.to(x.dtype), base.bias, scale)
+            pairs = index[l].get(name) if index and delta.numel() >= DENSE_BELOW else None
+            return GatedLinear.apply(x, base.weight, delta, row, col, base.bias, pairs)
+        return linear
+
+    @torch.no_grad()
+    def merge(self, net, scale=1.0):
+        """Frozen weights W_b + scale·(r ⊗ c) ⊙ Δ of every projection (Eq. 1) as a `Merged`. The base stays as it is."""
+        gates = self.split((self.logits > 0).float())
+        weights = []
+        for l, layer in enumerate(gates):
+            weights.append({})
+            for name, delta in self.delta[l].items():
+                row, col = (g.to(delta.dtype) for g in self.vectors(layer, name))
+                base = net.projections[l][name].weight
+                weights[l][name] = torch.addcmul(base, delta * row[:, None], col, value=scale).to(base.dtype)
+        return Merged(weights)
+
+    @torch.no_grad()
+    def stats(self):
+        """{"total", "open"} gates, `sparsity` = share of gates off, `entries_off` = 1 − Σ|R||C| / Σ d_out·d_in."""
+        total, n_open = self.logits.numel(), int((self.logits > 0).sum())
+        layers = self.split((self.logits > 0).double())
+        on = sum((r.sum() * c.sum()).item() for layer in layers for r, c in (self.vectors(layer, n) for n in PROJECTIONS))
+        entries = sum(p.numel() for layer in self.delta for p in layer.values())
+        return {"gates": {"total": total, "open": n_open}, "sparsity": 1 - n_open / total, "entries_off": 1 - on / entries}
+
+    @torch.no_grad()
+    def write_channels(self):
+        """C_l = {i : ffn_write_i open} ∪ {i : attn_write_i open} (Eq. 5): a bool mask (L, d)."""
+        layers = self.split(self.logits > 0)
+        return torch.stack([g["ffn_write"] | g["attn_write"] for g in layers])
+
+    def with_gates(self, value):
+        """The same deltas with every gate open (True) or shut (False)."""
+        other = copy.copy(self)
+        other._parameters = {"logits": nn.Parameter(torch.full_like(self.logits, 1.0 if value else -1.0))}
+        return other
+
+    def save(self, path, net, **metadata):
+        """Write gate logits, deltas and metadata (JSON values in the header) to `path`, whole or not at all."""
+        tensors = {f"delta.{l}.{name}": p.detach().cpu().contiguous() for l, layer in enumerate(self.delta) for name, p in layer.items()}
+        vectors = self.logits.detach().cpu().split(list(self.sizes.values()), dim=1)
+        tensors |= {f"logits.{group}": v.contiguous() for group, v in zip(GROUPS, vectors)}
+        save_tensors(path, tensors, base=fingerprint(net), **self.stats(), **metadata)
+
+
+class Merged:
+    """Frozen merged projection weights, `weights[l][name]` (d_out, d_in), in the place of a carrier."""
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def merge(self, net):
+        return self
+
+    def bind(self, net, scale=None):
+        if scale is not None:
+            raise InputError("a merged carrier has no scale left: hand the Carrier itself to the forward pass")
+        return lambda l, name, x: F.linear(x, self.weights[l][name], net.projections[l][name].bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+def save_tensors(path, tensors, **metadata):
+    """safetensors with JSON metadata in the header, replaced atomically."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, {k: json.dumps(v) for k, v in metadata.items()})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_tensors(path, device="cpu"):
+    """(tensors, metadata) of a file that save_tensors wrote; InputError where it is missing or damaged."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; the command that writes it has to finish first")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file of this project ({error})") from None
+
+
+def fingerprint(net):
+    """A short hash of the base a carrier belongs to: its shapes and a sample of its weights, the same in every dtype."""
+    h = hashlib.sha256()
+    for l in range(len(net.model.layers)):
+        for name, module in net.projections[l].items():
+            h.update(f"{name}{tuple(module.weight.shape)}".encode())
+            h.update(module.weight[0].detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def load(path, net):
+    """The carrier in `path`, on the base `net`. Raises InputError if it was made on another base or is incomplete."""
+    tensors, metadata = load_tensors(path, net.device)
+    if metadata.get("base") != fingerprint(net):
+        raise InputError(f"{path}: this carrier was made on another base model; load the one named in its config.json")
+    carrier = Carrier(net.config, device=net.device, dtype=next((t.dtype for k, t in tensors.items() if k[:5] == "delta"), None))
+    try:
+        tensors["logits"] = torch.cat([tensors.pop(f"logits.{group}") for group in GROUPS], dim=1)
+        carrier.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: incomplete or misshapen carrier ({' '.join(str(error).split())[:200]})") from None
+    return carrier

@@ -1,0 +1,677 @@
+"""carrier.py against the equations, in float64: values and gradients.
+
+The reference is `literal()` below: gates cut out of the logits by hand, Eq. 26/27 in the graph as H − σ + σ, Eq. 1 spelled
+out as a d_out × d_in matrix, and torch's autograd for every gradient. Nothing in it calls carrier.py.
+"""
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import carrier
+import model
+from data import InputError
+
+EXACT = 1e-10   # float64: the same mathematics in another order
+TABLE_5 = {"q_proj": ("attn_q", "attn_read"), "k_proj": ("attn_k", "attn_read"), "v_proj": ("attn_v", "attn_read"),
+           "o_proj": ("attn_write", "attn_v"), "gate_proj": ("ffn_hidden", "ffn_read"), "up_proj": ("ffn_hidden", "ffn_read"),
+           "down_proj": ("ffn_write", "ffn_hidden")}
+SIZE = dict(vocab_size=31, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=20)                                                   # d_q = 80 ≠ d = 64, d_kv = 40
+FAMILIES = {"llama": {}, "mha": dict(num_key_value_heads=4), "one key head": dict(num_key_value_heads=1),
+            "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True, tie_word_embeddings=True),
+            "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True)}
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.0)
+PATHS = {"dense": dict(DENSE_BELOW=1 << 60), "gathered": dict(DENSE_BELOW=0), "gathered, unpadded": dict(DENSE_BELOW=0, LANES=1)}
+
+
+def make_net(dtype=torch.float64, **special):
+    net = model.Llama(model.Config(**{**SIZE, **special})).to(dtype)
+    for name, p in net.named_parameters():
+        if "norm" in name:
+            p.data.uniform_(0.5, 1.5)
+        elif "embed" in name:
+            p.data.normal_(0, 0.3)
+    return net.requires_grad_(False).eval()
+
+
+def make_carrier(net, density=0.5, size=0.1, dtype=None):
+    """Random deltas and random logits, `density` of them open; no group is left without both kinds unless density says so."""
+    c = carrier.Carrier(net.config, dtype=dtype or net.dtype).to(dtype or net.dtype)
+    with torch.no_grad():
+        for p in c.delta.parameters():
+            p.normal_(0, size)
+        for row in c.logits:
+            for part in row.split(list(sizes_of(net.config).values())):
+                n_open = round(density * len(part))
+                part.copy_((torch.rand(len(part)) + 0.1) * torch.where(torch.randperm(len(part)) < n_open, 1.0, -1.0))
+    return c
+
+
+def sizes_of(c):
+    """Lengths of Table 5 in the order in which the logits of a layer stand."""
+    d_q, d_kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return dict(attn_read=c.hidden_size, attn_q=d_q, attn_k=d_kv, attn_v=d_kv, attn_write=c.hidden_size,
+                ffn_read=c.hidden_size, ffn_hidden=c.intermediate_size, ffn_write=c.hidden_size)
+
+
+def hard_gates(c, logits, estimator=True):
+    """[group → gate vector] of every layer, by slicing; straight-through as H − σ + σ."""
+    layers = []
+    for row in logits:
+        layers.append({})
+        start = 0
+        for group, size in sizes_of(c).items():
+            m = row[start:start + size]
+            s = torch.sigmoid(m)
+            layers[-1][group] = (m > 0).to(m.dtype) - s.detach() + s if estimator else (m > 0).to(m.dtype)
+            start += size
+        assert start == len(row)
+    return layers
+
+
+def repeated(c, v):
+    """attn_v for o_proj's columns, one channel at a time: query head q reads key/value head q // (heads per key head)."""
+    per = c.num_attention_heads // c.num_key_value_heads
+    return torch.stack([v[(q // per) * c.head_dim + j] for q in range(c.num_attention_heads) for j in range(c.head_dim)])
+
+
+def literal(net, c, deltas, logits):
+    """linear(l, name, x) by Eq. 1: x (W_b + (r ⊗ c) ⊙ Δ)ᵀ + b."""
+    gates = hard_gates(net.config, logits)
+
+    def linear(l, name, x):
+        row, col = (gates[l][g] for g in TABLE_5[name])
+        col = repeated(net.config, col) if name == "o_proj" else col
+        base = net.projections[l][name]
+        W = base.weight + row[:, None] * col[None, :] * deltas[l][name]
+        return x @ W.t() + (0 if base.bias is None else base.bias)
+    return linear
+
+
+class Literal:
+    """literal() in the place of a carrier."""
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def bind(self, net, scale=None):
+        return literal(net, *self.arguments)
+
+
+def copies(c):
+    """(deltas, logits): fresh leaves with the carrier's values, and both in one list."""
+    deltas = [{n: p.detach().clone().requires_grad_() for n, p in layer.items()} for layer in c.delta]
+    logits = c.logits.detach().clone().requires_grad_()
+    return deltas, logits, [p for layer in deltas for p in layer.values()] + [logits]
+
+
+def trained(c):
+    return [p for layer in c.delta for p in layer.values()] + [c.logits]
+
+
+def same(ours, theirs, tolerance=EXACT):
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs):
+        assert a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().max() <= tolerance
+
+
+def part(net, l, name):
+    """(module(x, linear), names of its projections) of the attention or the MLP of layer l."""
+    layer = net.model.layers[l]
+    if name == "mlp":
+        return layer.mlp, ("gate_proj", "up_proj", "down_proj")
+
+    def attention(x, linear):
+        cos, sin = model.rotary(net.config, torch.arange(x.shape[1])[None], x.dtype)
+        return layer.self_attn(x, linear, cos, sin, None)
+    return attention, ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def on_layer(linear, l):
+    return lambda name, x: linear(l, name, x)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    for name, value in PATHS[request.param].items():
+        monkeypatch.setattr(carrier, name, value)
+    return request.param
+
+
+# ----------------------------------------------------------------------------- the literal Eq. 1, values and gradients
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_linear(density):
+    """GatedLinear with any index that holds the open channels, and gated_activations (Eq. 9–20), against masked_weight."""
+    d_out, d_in, T = 23, 17, 30
+    leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64).requires_grad_()
+    x, delta = leaf(2, T // 2, d_in), leaf(d_out, d_in)
+    weight, bias, into = (torch.randn(*s, dtype=torch.float64) for s in ((d_out, d_in), (d_out,), (2, T // 2, d_out)))
+    row, col = ((torch.randperm(n) < round(density * n)).double().requires_grad_() for n in (d_out, d_in))
+    wanted = [x, delta, row, col]
+    W = torch.stack([torch.stack([weight[i, j] + row[i] * col[j] * delta[i, j] for j in range(d_in)]) for i in range(d_out)])
+    assert torch.equal(carrier.masked_weight(weight, delta, row, col), W)
+    y = x @ W.t() + bias
+    right = torch.autograd.grad(y, wanted, into)
+
+    open_row, open_col = row.nonzero().flatten(), col.nonzero().flatten()
+    shut_row, shut_col = (row == 0).nonzero().flatten(), (col == 0).nonzero().flatten()
+    padded = torch.cat((open_row, shut_row[:4])), torch.cat((shut_col[:3], open_col))
+    for index in (None, (open_row, open_col), padded):
+        ours = carrier.GatedLinear.apply(x, weight, delta, row, col, bias, index)
+        same([ours, *torch.autograd.grad(ours, wanted, into)], [y, *right])
+        for some in ([0], [1], [2, 3], [1, 2, 3], [0, 2, 3]):                 # frozen x, frozen gates, frozen Δ
+            given = [t if i in some else t.detach() for i, t in enumerate(wanted)]
+            ours = carrier.GatedLinear.apply(given[0], weight, *given[1:], bias, index)
+            same(torch.autograd.grad(ours, [given[i] for i in some], into), [right[i] for i in some])
+
+    y = x @ weight.t() + bias + row * ((x * col) @ delta.t())
+    ours = carrier.gated_activations(x, weight, delta, row, col, bias)
+    same([ours, *torch.autograd.grad(ours, wanted, into)], [y, *right])
+    scale = torch.tensor([0.0, 0.7], dtype=torch.float64).view(2, 1, 1)
+    ours = carrier.gated_activations(x, weight, delta, row, col, bias, scale)
+    for b, s in enumerate((0.0, 0.7)):
+        same([ours[b]], [x[b] @ (weight + s * (W - weight)).t() + bias])
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", ("attention", "mlp"))
+def test_modules(path, name, density):
+    """Appendix A module by module: y and the gradients of x, of every Δ and of every gate logit."""
+    net = make_net()
+    c = make_carrier(net, density)
+    deltas, logits, leaves = copies(c)
+    l, into, x = 1, torch.randn(2, 9, 64).double(), torch.randn(2, 9, 64, dtype=torch.float64, requires_grad=True)
+    module, names = part(net, l, name)
+    if path != "dense":
+        gathered = c.open_channels()[l]
+        assert not any(gathered.values()) if density == 1 else density == 0.5 or all(n in gathered for n in names)
+
+    y = module(x, on_layer(literal(net, c, deltas, logits), l))
+    right = torch.autograd.grad(y, [x, logits, *(deltas[l][n] for n in names)], into)
+    ours = module(x, on_layer(c.bind(net), l))
+    same([ours, *torch.autograd.grad(ours, [x, c.logits, *(c.delta[l][n] for n in names)], into)], [y, *right])
+    gated = module(x, on_layer(c.bind(net, scale=[1, 1]), l))                # by gating activations
+    same([gated, *torch.autograd.grad(gated, [x, c.logits, *(c.delta[l][n] for n in names)], into)], [y, *right])
+    assert density == 0 or right[1][l].count_nonzero() > 64 and not right[1][0].any()
+
+
+def test_activation_gates_as_the_paper_writes_them():
+    """Eq. 9, 10 and 16–20 spelled out for one layer, attention in a loop over heads: values and all gradients."""
+    net = make_net()
+    c, cfg = make_carrier(net), net.config
+    deltas, logits, _ = copies(c)
+    x, into = torch.randn(2, 7, 64, dtype=torch.float64, requires_grad=True), torch.randn(2, 7, 64).double()
+    W = {n: m.weight for n, m in net.projections[0].items()}
+    r, D = hard_gates(cfg, logits)[0], deltas[0]
+
+    gate = x @ W["gate_proj"].t() + r["ffn_hidden"] * ((r["ffn_read"] * x) @ D["gate_proj"].t())
+    up = x @ W["up_proj"].t() + r["ffn_hidden"] * ((r["ffn_read"] * x) @ D["up_proj"].t())
+    h = gate * torch.sigmoid(gate) * up                                                               # Eq. 9
+    ffn = h @ W["down_proj"].t() + r["ffn_write"] * ((r["ffn_hidden"] * h) @ D["down_proj"].t())      # Eq. 10
+
+    q, k, v = (x @ W[f"{n}_proj"].t() + r[f"attn_{n}"] * ((r["attn_read"] * x) @ D[f"{n}_proj"].t()) for n in "qkv")  # Eq. 16–18
+    cos, sin = (t[0, 0] for t in model.rotary(cfg, torch.arange(7)[None], x.dtype))
+    context, r_v = [], []
+    for head in range(4):
+        own, shared = slice(head * 20, head * 20 + 20), slice(head // 2 * 20, head // 2 * 20 + 20)
+        scores = model.rotate(q[..., own], cos, sin) @ model.rotate(k[..., shared], cos, sin).transpose(1, 2) / 20 ** 0.5
+        weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
+        context.append(weights @ v[..., shared])                                                      # Eq. 19
+        r_v.append(r["attn_v"][shared])
+    context, r_v = torch.cat(context, -1), torch.cat(r_v)
+    attention = context @ W["o_proj"].t() + r["attn_write"] * ((r_v * context) @ D["o_proj"].t())     # Eq. 20
+
+    for name, y in (("mlp", ffn), ("attention", attention)):
+        module, names = part(net, 0, name)
+        right = torch.autograd.grad(y, [x, logits, *(D[n] for n in names)], into, retain_graph=True)
+        for scale in (None, [1, 1]):
+            ours = module(x, on_layer(c.bind(net, scale), 0))
+            same([ours, *torch.autograd.grad(ours, [x, c.logits, *(c.delta[0][n] for n in names)], into)], [y, *right])
+
+
+@pytest.mark.parametrize("density", (0.5, 0.15))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_model(path, family, density):
+    """Cross-entropy of the whole model with a trigger: values and the gradients of τ, of every Δ and of every logit."""
+    net = make_net(**FAMILIES[family])
+    c = make_carrier(net, density, size=0.3)
+    deltas, logits, leaves = copies(c)
+    ids, targets, keep = torch.randint(31, (3, 8)), torch.randint(31, (3, 8)), torch.rand(3, 8) < 0.6
+    trigger = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+
+    def loss(of, **more):
+        return F.cross_entropy(net(ids, carrier=of, trigger=trigger, keep=keep, **more), targets[keep])
+    right = loss(Literal(c, deltas, logits))
+    right_grads = torch.autograd.grad(right, [trigger, *leaves])
+    assert all(g.abs().max() > 1e-4 for g in right_grads)
+    for more in ({}, dict(scale=torch.ones(3))):
+        ours = loss(c, **more)
+        same([ours, *torch.autograd.grad(ours, [trigger, *trained(c)])], [right, *right_grads])
+    same([loss(c.merge(net)), *torch.autograd.grad(loss(c.merge(net)), [trigger])], [right, right_grads[0]])
+    assert abs(loss(None) - right) > 1e-3
+
+
+SHUT = {"values": ["attn_v"], "reading": ["attn_read", "ffn_read"], "hidden": ["ffn_hidden"], "writing": ["attn_write", "ffn_write"],
+        "queries and keys": ["attn_q", "attn_k"], "one key/value head": []}
+
+
+@pytest.mark.parametrize("what", SHUT)
+def test_groups_shut_altogether(path, what):
+    net = make_net()
+    c = make_carrier(net, 0.3)
+    at = dict(zip(sizes_of(net.config), c.logits.data.split(list(sizes_of(net.config).values()), 1)))
+    for group in SHUT[what]:
+        at[group].copy_(-at[group].abs())
+    if what == "one key/value head":
+        at["attn_v"][0, 20:].abs_().neg_()
+    deltas, logits, leaves = copies(c)
+    ids = torch.randint(31, (2, 8))
+    right = net(ids, carrier=Literal(c, deltas, logits)).logsumexp(-1).sum()
+    ours = net(ids, carrier=c).logsumexp(-1).sum()
+    same([ours, *torch.autograd.grad(ours, trained(c))], [right, *torch.autograd.grad(right, leaves)], 1e-9)
+
+
+def test_attn_v_gates_the_values_of_its_query_heads():
+    """GQA by what it does: with Δ of o_proj alone, a shut channel of a key/value head is a context channel of each of
+    its query heads that Δ_o does not read, and no other."""
+    net = make_net(num_key_value_heads=2)
+    for head in range(2):
+        c = make_carrier(net, 1.0)
+        for l in range(2):
+            for name, p in c.delta[l].items():
+                if name != "o_proj":
+                    p.data.zero_()
+        c.logits.data[:, 64 + 80 + 40 + head * 20 + 3] = -1
+        without = [p["o_proj"].detach().clone() for p in c.delta]
+        for D in without:
+            D[:, [(2 * head) * 20 + 3, (2 * head + 1) * 20 + 3]] = 0
+        merged = c.merge(net).weights
+        for l in range(2):
+            assert torch.equal(merged[l]["o_proj"], net.projections[l]["o_proj"].weight + without[l])
+
+
+# ------------------------------------------------------------------------------------------------------- gates, penalty
+
+def test_estimator():
+    """Eq. 26 and 27: H forward, σ′ backward, by formula and by finite differences on σ."""
+    m = torch.tensor([-40.0, -3.0, -0.5, -1e-9, 0.0, 1e-9, 0.5, 1.5, 3.0, 40.0], dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(10, dtype=torch.float64)
+    g = carrier.Heaviside.apply(m)
+    assert g.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1] and g.dtype == m.dtype
+    ours, = torch.autograd.grad(g, m, upstream)
+    s = 1 / (1 + (-m.detach()).exp())
+    same([ours], [upstream * s * (1 - s)], 1e-15)
+    same([ours], [upstream * ((m + 1e-5).sigmoid() - (m - 1e-5).sigmoid()).detach() / 2e-5], 1e-9)
+    assert carrier.Heaviside.apply(m.detach().bfloat16()).dtype == torch.bfloat16
+
+
+def test_penalty():
+    """Eq. 3: a sum, so the pull on one gate does not depend on how many there are."""
+    m = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    omega = carrier.penalty(m)
+    assert abs(omega.item() - sum(1 / (1 + 2.718281828459045 ** -x) for x in m.flatten().tolist())) < EXACT
+    same(torch.autograd.grad(omega, m), [m.sigmoid() * (1 - m.sigmoid())])
+    twice = torch.cat((m, m), 1).detach().requires_grad_()
+    same([torch.autograd.grad(carrier.penalty(twice), twice)[0][:, :40]], torch.autograd.grad(carrier.penalty(m), m))
+
+
+def test_initial_gates():
+    c = carrier.Carrier(model.Config(**SIZE))
+    ids, net = torch.randint(31, (2, 5)), make_net(torch.float32)
+    assert torch.equal(net(ids, carrier=c), net(ids)) and c.stats()["sparsity"] == 0        # fresh: Δ = 0, all open
+    wide = carrier.Carrier(model.Config(**{**SIZE, "hidden_size": 8192, "intermediate_size": 16384, "num_hidden_layers": 1}), device="meta")
+    wide.logits = torch.nn.Parameter(torch.empty(wide.logits.shape))
+    m = wide.init_gates().logits
+    assert m.numel() > 49000 and abs(m.mean() - 1.5) < 0.01 and abs(m.std() - 0.5) < 0.01 and abs((m > 0).float().mean() - 0.99865) < 1e-3
+    assert torch.equal(c.init_gates(seed=3).logits, carrier.Carrier(c.config).init_gates(seed=3).logits)
+    assert not torch.equal(c.logits, carrier.Carrier(c.config).init_gates(seed=4).logits)
+
+
+REAL = {  # config.json of the paper's models → gates a layer, layers (SPEC section 1)
+    "Qwen3-0.6B": (dict(model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+                        num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1000000, use_sliding_window=False), 11264, 315392),
+    "DeepSeek-R1-Distill-Llama-8B": (dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                          num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0), 36864, 1179648),
+    "Mistral-7B-v0.3": (dict(model_type="mistral", vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                             num_attention_heads=32, num_key_value_heads=8, rope_theta=1000000.0, sliding_window=None), 36864, 1179648),
+    "Vicuna-7B": (dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                       num_attention_heads=32), 39680, 1269760),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_gates_of_the_papers_models(name):
+    assert carrier.PROJECTIONS == {**TABLE_5, "o_proj": ("attn_write", "attn_v_wide")}   # attn_v, repeated for GQA
+    fields, a_layer, total = REAL[name]
+    config = model.Config.from_dict(fields)
+    assert sum(carrier.group_sizes(config).values()) == a_layer and a_layer * config.num_hidden_layers == total
+    c = carrier.Carrier(config, device="meta")
+    assert c.logits.numel() == total
+    with torch.device("meta"):
+        projections = model.Llama(config).projections
+    assert [{n: p.shape for n, p in l.items()} for l in c.delta] == [{n: m.weight.shape for n, m in l.items()} for l in projections]
+
+
+# ------------------------------------------------------------------------------------------------------- open and shut
+
+def write_checkpoint(net, directory):
+    """net as a Hugging Face directory."""
+    c = net.config
+    directory.mkdir()
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(dict(model_type="qwen2", rope_theta=c.rope_theta, **{k: getattr(c, k) for k in SIZE})))
+    return directory
+
+
+def test_all_open_is_the_fine_tuned_model(tmp_path):
+    """A base and a fine-tuned checkpoint on disk; Δ = W_f − W_b with every gate open computes the fine-tuned model."""
+    base = make_net(qkv_bias=True)
+    base_dir = write_checkpoint(base, tmp_path / "base")
+    for layer in base.projections:
+        for m in layer.values():
+            m.weight += 0.1 * torch.randn_like(m.weight)
+    tuned = model.load(write_checkpoint(base, tmp_path / "tuned"), dtype=torch.float64)
+    base = model.load(base_dir, dtype=torch.float64)
+    c = make_carrier(base, 1.0)
+    for l, layer in enumerate(c.delta):
+        for name, p in layer.items():
+            p.data = tuned.projections[l][name].weight - base.projections[l][name].weight
+    ids = torch.randint(31, (2, 9))
+    right = tuned(ids)
+    assert (base(ids) - right).abs().max() > 0.01
+    for logits in (base(ids, carrier=c), base(ids, carrier=c.merge(base)), base(ids, carrier=c, scale=[1, 1])):
+        same([logits], [right])
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    assert base.generate(prompts, 6, carrier=c, stop=()) == tuned.generate(prompts, 6, stop=()) != base.generate(prompts, 6, stop=())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("family", ("llama", "qwen3", "biases"))
+def test_all_shut_is_the_base_bit_for_bit(path, family, dtype):
+    net = make_net(dtype, **FAMILIES[family])
+    for delta_dtype in {torch.float32, dtype}:
+        c = make_carrier(net, 0.0, size=3.0, dtype=delta_dtype)
+        ids, trigger = torch.randint(31, (3, 8)), torch.randn(2, 64)
+        for more in ({}, dict(trigger=trigger)):
+            right = net(ids, **more)
+            assert torch.equal(net(ids, carrier=c, **more), right) and right.dtype == dtype
+            assert torch.equal(net(ids, carrier=c.merge(net), **more), right)
+            with torch.no_grad():
+                assert torch.equal(net(ids, carrier=c, scale=[1, 0.5, 0], **more), right)
+        for l, layer in enumerate(c.merge(net).weights):
+            assert all(torch.equal(w, net.projections[l][name].weight) for name, w in layer.items())
+        half = make_carrier(net, 0.5, dtype=delta_dtype)                     # open gates, but nothing of the delta
+        assert torch.equal(net(ids, carrier=half.merge(net, scale=0.0)), net(ids))
+        assert torch.equal(net(ids, carrier=half, scale=[0, 1, 0])[::2], net(ids)[::2])
+        assert not torch.equal(net(ids, carrier=half, scale=[0, 1, 0])[1], net(ids)[1])
+
+
+def test_scale():
+    """merge(scale=s) is the carrier with s·Δ; a scale per row is each row run alone with its own."""
+    net = make_net()
+    c, ids, scales = make_carrier(net), torch.randint(31, (4, 8)), [0.0, 0.25, 1.0, 1.5]
+    alone = []
+    for s in scales:
+        scaled = make_carrier(net)
+        scaled.load_state_dict({k: v * s if k.startswith("delta") else v for k, v in c.state_dict().items()})
+        alone.append(net(ids, carrier=scaled))
+        same([net(ids, carrier=c.merge(net, scale=s)), net(ids, carrier=c, scale=[s] * 4)], [alone[-1]] * 2)
+    same([net(ids, carrier=c, scale=scales)], [torch.stack([alone[i][i] for i in range(4)])])
+    same([net(ids, carrier=c, scale=torch.tensor(scales))], [torch.stack([alone[i][i] for i in range(4)])])
+    with pytest.raises(InputError, match="scale"):
+        net(ids, carrier=c.merge(net), scale=scales)
+
+
+def test_scale_in_generate(monkeypatch):
+    """One batch with the behaviour on, off and between: as each prompt alone with its own scale, while rows leave."""
+    net = make_net()
+    c, scales = make_carrier(net, 0.8, size=0.3), [0.0, 1.0, 0.5, 1.0, 0.0, 0.0]
+    prompts = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [9] * 11, [4], [1, 2]]
+    trigger = torch.randn(3, 64)
+    for more in ({}, dict(trigger=trigger), dict(batch_size=2)):
+        free = net.generate(prompts, 10, carrier=c, scale=scales, stop=(), **more)
+        stop = {free[1][1], free[4][3]}
+        together = net.generate(prompts, 10, carrier=c, scale=scales, stop=stop, **more)
+        assert len({len(a) for a in together}) > 2
+        for prompt, s, answer in zip(prompts, scales, together):
+            assert answer == net.generate([prompt], 10, carrier=c.merge(net, scale=s), stop=stop, **more)[0]
+            if s in (0, 1):
+                assert answer == net.generate([prompt], 10, carrier=c if s else None, stop=stop, **more)[0]
+        assert free[0] != free[1]
+
+
+# --------------------------------------------------------------------------------------------------------- in training
+
+@pytest.mark.parametrize("density", (0.5, 0.15))
+def test_micro_batches_and_recomputation_give_the_same_gradients(path, density):
+    net = make_net(qkv_bias=True)
+    c = make_carrier(net, density)
+    ids, keep = torch.randint(31, (8, 7)), torch.rand(8, 7) < 0.5
+
+    def gradients(size, recompute=False):
+        net.checkpoint = recompute
+        for p in trained(c):
+            p.grad = None
+        for rows in torch.arange(8).split(size):
+            F.cross_entropy(net(ids[rows], carrier=c, keep=keep[rows]), ids[rows][keep[rows]], reduction="sum").backward()
+        return [p.grad for p in trained(c)]
+    whole = gradients(8)
+    for size in (2, 3):
+        same(gradients(size), whole)
+    same(gradients(8, recompute=True), whole)
+    same(gradients(2, recompute=True), whole)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_training_never_touches_the_base(path, dtype):
+    net = make_net(dtype)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    c, ids = make_carrier(net, 0.3, dtype=torch.float32), torch.randint(31, (4, 8))
+    start = [p.detach().clone() for p in trained(c)]
+    base = net(ids)
+    optimizer = torch.optim.AdamW(c.parameters(), lr=2e-5)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(ids, carrier=c).flatten(0, 1).float(), ids.flatten()) + 1e-6 * carrier.penalty(c.logits)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()) and torch.equal(net(ids), base)
+    assert not any(p.requires_grad for p in net.parameters())
+    for p, was in zip(trained(c), start):
+        assert p.dtype == p.grad.dtype == torch.float32 and not torch.equal(p, was)         # steps of 2e-5 arrive in fp32
+    assert losses[-1] < losses[0] or dtype == torch.bfloat16
+
+
+def test_bf16_rounds_once():
+    """W_b in bf16 and Δ in fp32: the sum is formed in fp32 and rounded once, and gradients are Δ's, in fp32."""
+    net = make_net(torch.bfloat16)
+    c = make_carrier(net, dtype=torch.float32)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    row, col = c.vectors(c.split((c.logits > 0).float())[0], "up_proj")
+    W = net.projections[0]["up_proj"].weight
+    right = (W.float() + row[:, None] * col * c.delta[0]["up_proj"]).bfloat16()
+    assert (right != W).any() and torch.equal(c.merge(net).weights[0]["up_proj"], right)
+    assert torch.equal(c.bind(net)(0, "up_proj", x), x @ right.t())
+    assert {g.dtype for g in torch.autograd.grad(net(torch.randint(31, (1, 4)), carrier=c).float().logsumexp(-1).sum(), trained(c))} == {torch.float32}
+
+
+def test_forward_keeps_one_matrix_a_projection(path):
+    """What autograd saves with the shape of a Δ: the parameters themselves and one merged weight, nothing else."""
+    net, matrices = make_net(), []
+    c = make_carrier(net, 0.2)
+    own = {p.data_ptr() for p in [*net.parameters(), *c.parameters()]}
+    shapes = {p.shape for p in c.delta.parameters()}
+
+    def pack(t):
+        if t.shape in shapes and t.data_ptr() not in own:
+            matrices.append(t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(torch.randint(31, (1, 3)), carrier=c)
+    assert len(matrices) == 2 * 7
+
+
+def test_merge_keeps_no_graph_and_no_copies():
+    net = make_net(torch.float32)
+    c, ids = make_carrier(net), torch.randint(31, (2, 5))
+    merged = c.merge(net)
+    every = [w for layer in merged.weights for w in layer.values()]
+    theirs = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *c.parameters()]}
+    assert not any(w.requires_grad or w.grad_fn for w in every) and not any(w.untyped_storage().data_ptr() in theirs for w in every)
+    assert merged.merge(net) is merged and merged.weights[0].keys() == TABLE_5.keys()
+    assert not net(ids, carrier=merged).requires_grad
+    was = net(ids, carrier=merged)
+    with torch.no_grad():
+        c.delta[0]["q_proj"] += 1                                            # a Merged is frozen: training goes on without it
+    assert torch.equal(net(ids, carrier=merged), was) and not torch.allclose(net(ids, carrier=c), was)
+    alive = [weakref.ref(w) for w in every]
+    del merged, every
+    gc.collect()
+    assert not any(w() is not None for w in alive)
+
+
+# ---------------------------------------------------------------------------------------------------------- what it says
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("family", ("llama", "mha", "one key head"))
+def test_stats(family, density):
+    net = make_net(**FAMILIES[family])
+    c = make_carrier(net, density)
+    n_open = on = total = entries = 0
+    for gates in hard_gates(net.config, c.logits, estimator=False):
+        n_open += sum(int(g.item()) for v in gates.values() for g in v)
+        total += sum(len(v) for v in gates.values())
+        for name, (row, col) in TABLE_5.items():
+            M = torch.outer(gates[row], repeated(net.config, gates[col]) if name == "o_proj" else gates[col])
+            assert M.shape == net.projections[0][name].weight.shape
+            on, entries = on + int(M.sum().item()), entries + M.numel()
+    s = c.stats()
+    assert s["gates"] == {"total": total, "open": n_open}
+    assert abs(s["sparsity"] - (1 - n_open / total)) < 1e-12 and abs(s["entries_off"] - (1 - on / entries)) < 1e-12
+    json.dumps(s)
+
+
+def test_write_channels():
+    """Eq. 5, channel by channel; attn_write stands at 4th place of a layer's logits, ffn_write at the 8th."""
+    net = make_net()
+    c = make_carrier(net, 0.2)
+    attn_write, ffn_write = 64 + 80 + 40 + 40, 64 + 80 + 40 + 40 + 64 + 64 + 96
+    C = c.write_channels()
+    assert C.shape == (2, 64) and C.dtype == torch.bool and 0 < C.sum() < C.numel()
+    for l in range(2):
+        for i in range(64):
+            assert C[l, i].item() == (c.logits[l, ffn_write + i].item() > 0 or c.logits[l, attn_write + i].item() > 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+@pytest.fixture
+def saved(tmp_path):
+    """(path, net, carrier) of a saved carrier."""
+    net = make_net(torch.float32, qkv_bias=True)
+    c, path = make_carrier(net), tmp_path / "carrier.safetensors"
+    c.save(path, net, task="fixed", seed=7, note="Δ, and „more“")
+    return path, net, c
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_save_and_load(saved, dtype):
+    path, net, c = saved
+    c.delta.to(dtype)
+    c.save(path, net, task="fixed", seed=7, note="Δ, and „more“")
+    again = carrier.load(path, net)
+    assert c.state_dict().keys() == again.state_dict().keys()
+    for k, v in c.state_dict().items():
+        assert torch.equal(again.state_dict()[k], v) and again.state_dict()[k].dtype == v.dtype
+    ids = torch.randint(31, (2, 5))
+    assert torch.equal(net(ids, carrier=again), net(ids, carrier=c)) and again.stats() == c.stats()
+    tensors, metadata = carrier.load_tensors(path)
+    assert metadata == dict(base=carrier.fingerprint(net), **c.stats(), task="fixed", seed=7, note="Δ, and „more“")
+    assert tensors["logits.ffn_hidden"].shape == (2, 96) and tensors["delta.1.o_proj"].shape == (64, 80)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_carrier_serves_its_base_in_every_precision(saved):
+    path, net, c = saved
+    prints = {carrier.fingerprint(net.to(d)) for d in (torch.float32, torch.float64, torch.bfloat16)}
+    assert len(prints) == 1
+    assert torch.equal(carrier.load(path, net).logits, c.logits)             # net is in bf16 by now
+
+
+def test_refuses_a_wrong_base(saved):
+    path, net, _ = saved
+    others = [make_net(torch.float32, qkv_bias=True), make_net(torch.float32, num_hidden_layers=3), make_net(torch.float32, num_key_value_heads=4)]
+    touched = model.Llama(net.config)
+    touched.load_state_dict(net.state_dict())
+    touched.projections[1]["down_proj"].weight.data *= 1.01
+    for other in (*others, touched):
+        with pytest.raises(InputError, match="another base"):
+            carrier.load(path, other)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t.pop("delta.1.o_proj"), "delta.1.o_proj"),
+    (lambda t: t.pop("logits.attn_v"), "logits.attn_v"),
+    (lambda t: t.update({"delta.2.o_proj": t["delta.1.o_proj"].clone()}), "delta.2.o_proj"),
+    (lambda t: t.update({"delta.1.o_proj": t["delta.1.o_proj"].t().contiguous()}), "delta.1.o_proj"),
+    (lambda t: t.update({"logits.attn_v": t["logits.attn_v"][:, :-1].contiguous()}), "logits"),
+    (lambda t: t.update({"logits.attn_v": t["logits.attn_v"][:1].contiguous()}), "misshapen"),
+    (lambda t: t.update({"logits.attn_v": torch.ones(2)}), "misshapen"),
+    (lambda t: [t.pop(k) for k in list(t) if k.startswith("delta")], "delta"),
+])
+def test_refuses_an_incomplete_file(saved, change, named):
+    path, net, _ = saved
+    tensors, metadata = carrier.load_tensors(path)
+    change(tensors)
+    carrier.save_tensors(path, tensors, **metadata)
+    with pytest.raises(InputError, match=named) as refusal:
+        carrier.load(path, net)
+    assert path.name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_refuses_a_damaged_file(saved):
+    path, net, _ = saved
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"{}" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=path.name):
+            carrier.load(path, net)
+    save_file({"x": torch.ones(1)}, path)                                    # a safetensors file of somebody else
+    with pytest.raises(InputError, match=path.name):
+        carrier.load(path, net)
+    save_file({"x": torch.ones(1)}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=path.name):
+        carrier.load(path, net)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        carrier.load(path, net)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    path, net, c = saved
+    whole = path.read_bytes()
+
+    def disk_full(tensors, to, metadata):
+        with open(to, "wb") as f:
+            f.write(whole[:1000])
+        raise OSError("no space left on device")
+
+    def not_replaced(source, to):
+        raise OSError("no space left on device")
+    with torch.no_grad():
+        c.logits.neg_()
+    for step, failing in (("save_file", disk_full), ("os.replace", not_replaced)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(f"carrier.{step}", failing)
+            c.save(path, net)
+        assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir()] == [path.name]
+    c.save(path, net)
+    assert torch.equal(carrier.load(path, net).logits, c.logits)
