@@ -1,0 +1,359 @@
+"""lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import carrier as carriers
+import data
+import lcdd
+import model
+from carrier import Carrier
+from data import InputError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    net = model.Llama(CONFIG).double()
+    for p in net.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    return net.requires_grad_(False)
+
+
+def examples(n=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(n):
+        a, b = (int(torch.randint(3, 8, (), generator=g)) for _ in range(2))
+        ids = torch.randint(1, 37, (a + b,), generator=g).tolist()
+        out.append((ids, [False] * a + [True] * b))
+    return out
+
+
+def settings(**changes):
+    o = lcdd.options(["--preset", "tiny-fixed", "--model", "none"])
+    vars(o).update(dict(batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
+    return o
+
+
+def fresh(seed=0):
+    net = make_net()
+    torch.manual_seed(seed + 1)
+    c = Carrier(CONFIG, dtype=torch.float64).double().init_gates(seed=seed)
+    with torch.no_grad():
+        for p in c.delta.parameters():
+            p.normal_(0, 0.05)
+    return net, c
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+def test_task_loss_is_cross_entropy_on_the_marked_tokens():
+    net, c = fresh()
+    batch = examples(5)
+    ids, mask = data.collate(batch, 0)
+    want = 0.0
+    for row, marks in batch:                                     # one by one, position by position
+        logits = net(torch.tensor([row]), carrier=c)[0]
+        want += sum(-logits[t - 1].log_softmax(-1)[row[t]] for t in range(1, len(row)) if marks[t])
+    for chunk in (1024, 7, 1):
+        assert torch.allclose(lcdd.task_loss(net, c, ids, mask, chunk=chunk).double(), want, atol=1e-10)
+
+
+def test_chunked_head_has_the_same_gradients():
+    net, c = fresh()
+    ids, mask = data.collate(examples(6), 0)
+    grads = []
+    for chunk in (1024, 5):
+        c.zero_grad()
+        lcdd.task_loss(net, c, ids, mask, chunk=chunk).backward()
+        grads.append([p.grad.clone() for p in c.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads)) and grads[0][0].abs().max() > 1e-4
+
+
+def test_kl_loss_is_the_divergence_from_the_teacher():
+    net, c = fresh()
+    _, other = fresh(seed=1)
+    teacher = other.with_gates(True).merge(net)
+    ids, mask = data.collate(examples(4), 0)
+    p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
+    q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
+    want = (p.exp() * (p - q)).sum()
+    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher).double(), want, atol=1e-10) and want > 1e-3
+    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher))) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------- the controller
+
+def controller(**changes):
+    return lcdd.Controller(settings(**{**dict(beta=0.5, warmup=3, rho=0.5, floor=0.0, lambda0=1.0, eta=0.2, eta_grow=0.05,
+                                              violation_clip=0.5, lambda_min=0.5, lambda_max=1.5), **changes}))
+
+
+def test_average_is_bias_corrected():
+    c, losses, ema = controller(), [3.0, 1.0, 2.0, 5.0], 0.0
+    for t, loss in enumerate(losses):
+        c.update(t, loss)
+        ema = 0.5 * ema + 0.5 * loss
+        assert c.smooth == pytest.approx(ema / (1 - 0.5 ** (t + 1)))
+    c = controller()
+    c.update(0, 3.0)
+    assert c.smooth == pytest.approx(3.0)                         # without the correction it would be 1.5
+
+
+def test_warm_up_fades_the_penalty_in_and_lambda_rests():
+    c = controller()
+    assert [c.weight(t) for t in range(5)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    for t in range(3):
+        c.update(t, 100.0 * t)
+        assert c.lam == 1.0 and c.budget is None
+
+
+def test_budget_is_set_once():
+    c = controller()
+    for t in range(4):
+        c.update(t, 2.0)
+    assert c.budget == pytest.approx(3.0) and c.lam == 1.0        # (1 + ρ)·ema; the step that sets it does not move λ
+    for t in range(4, 9):
+        c.update(t, 20.0)
+    assert c.budget == pytest.approx(3.0)
+
+
+def test_floor_on_the_budget():
+    c = controller(floor=0.3)
+    for t in range(4):
+        c.update(t, 1e-4)
+    assert c.budget == 0.3
+
+
+def test_lambda_grows_under_and_shrinks_over_budget():
+    c = controller()
+    for t in range(4):
+        c.update(t, 2.0)
+    c.update(4, 2.0)                                              # v = (2 − 3)/3 = −1/3
+    assert c.lam == pytest.approx(math.exp(0.05 / 3))
+    before = c.lam
+    c.update(5, 8.0)                                              # smooth > 3
+    v = min(0.5, (c.smooth - 3) / 3)
+    assert v > 0 and c.lam == pytest.approx(before * math.exp(-0.2 * v))
+
+
+def test_violation_is_clipped_and_lambda_bounded():
+    c = controller()
+    for t in range(4):
+        c.update(t, 2.0)
+    c.update(4, 1e6)
+    assert c.lam == pytest.approx(math.exp(-0.2 * 0.5))           # V
+    for t in range(5, 40):
+        c.update(t, 1e6)
+    assert c.lam == 0.5                                           # λ_min
+    c.ema = 0.0
+    for t in range(40, 400):
+        c.update(t, 0.0)
+    assert c.lam == 1.5                                           # λ_max
+
+
+def test_early_stop_when_stalled_but_not_before_pruning_begins():
+    o = settings(window=4, patience=3, stall=0.01, over=0.35)
+    early = lcdd.EarlyStop(o, total=1000)
+    assert [early.update(950, 1.0, 1.0) for _ in range(20)] == [None] * 20
+    early = lcdd.EarlyStop(o, total=1000)
+    said = [early.update(500, 1.0, 1.0) for _ in range(7)]
+    assert said[:6] == [None] * 6 and "stalled" in said[6]        # points 5, 6 and 7 look back over a whole window
+    early = lcdd.EarlyStop(o, total=1000)
+    assert not any(early.update(800 - 10 * k, 1.0, 1.0) for k in range(30))
+
+
+def test_early_stop_when_over_pruned():
+    early = lcdd.EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
+    said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
+    assert said.index(next(s for s in said if s)) == 9 and "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
+
+
+# -------------------------------------------------------------------------------------------------------------- the loop
+
+def state(c):
+    return torch.cat([c.logits.detach().flatten()] + [p.detach().flatten() for p in c.delta.parameters()])
+
+
+@pytest.mark.parametrize("train", ["joint", "mask-kl"])
+def test_micro_batches_change_nothing(tmp_path, train):
+    ends = []
+    for micro in (8, 2):
+        net, c = fresh()
+        teacher = c.with_gates(True).merge(net) if train == "mask-kl" else None
+        (tmp_path / str(micro)).mkdir()
+        lcdd.train_lcdd(net, c, examples(), settings(micro_batch=micro, train=train), tmp_path / str(micro), 0, teacher)
+        ends.append(state(c))
+        rows = data.read_jsonl(tmp_path / str(micro) / "metrics.jsonl")
+    assert torch.allclose(*ends, atol=1e-10) and c.stats()["sparsity"] > 0.02 and rows[-1]["lambda"] != 0.05
+
+
+def test_the_penalty_is_added_once_a_step(tmp_path):
+    """With a task loss that does not see the gates (Δ = 0), a logit moves by exactly lr·λ·w(t)·σ′ a step."""
+    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    m = c.logits.detach().clone()
+    lcdd.train_lcdd(net, c, examples(), settings(micro_batch=2, train="mask-ce", steps=5, warmup=100), tmp_path, 0)
+    for t in range(5):
+        s = torch.sigmoid(m)
+        m = m - 5.0 * 0.05 * (t / 100) * s * (1 - s)
+    assert torch.allclose(c.logits, m, atol=1e-12)
+
+
+def test_sft_trains_the_delta_with_open_gates(tmp_path):
+    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double()
+    before = [p.clone() for p in net.parameters()]
+    ex = examples(8)
+    ids, mask = data.collate(ex, 0)
+    first = lcdd.task_loss(net, c, ids, mask).item()
+    lcdd.train_sft(net, c, ex, settings(sft_steps=30, sft_lr=1e-2), tmp_path, 0)
+    assert lcdd.task_loss(net, c, ids, mask).item() < 0.7 * first and c.stats()["sparsity"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+@pytest.mark.parametrize("phase", ["sft", "lcdd"])
+def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
+    def run(folder, stop_at=None):
+        folder.mkdir(exist_ok=True)
+        net, c = fresh()
+        calls = []
+        interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
+        if phase == "sft":
+            lcdd.train_sft(net, c, examples(), settings(sft_steps=12), folder, 0, interrupted=interrupted)
+        else:
+            lcdd.train_lcdd(net, c, examples(), settings(settle=6), folder, 0, interrupted=interrupted)
+        return state(c)
+
+    whole = run(tmp_path / "a")
+    for stop_at in (7,) if phase == "sft" else (7, 20):           # before and in the settling steps
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "b", stop_at)
+        assert (tmp_path / "b" / "state.safetensors").is_file()
+        assert torch.equal(run(tmp_path / "b"), whole) and not (tmp_path / "b" / "state.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
+    net, c = fresh()
+    calls, gradients = [], lcdd.gradients
+
+    def poisoned(net, c, *rest):
+        calls.append(1)
+        if len(calls) == 9:
+            c.delta[0]["q_proj"].data[0, 0] = math.nan
+        return gradients(net, c, *rest)
+    monkeypatch.setattr(lcdd, "gradients", poisoned)
+    with pytest.raises(InputError, match="step 9 is nan.*last good state"):
+        lcdd.train_lcdd(net, c, examples(), settings(), tmp_path, 0)
+    kept = load_file(tmp_path / "state.safetensors")
+    assert all(torch.isfinite(t).all() for t in kept.values())
+
+
+def test_batches_are_permutations_and_depend_on_the_step_alone():
+    ex = list(range(10))
+    drawn = [lcdd.draw(ex, 4, step, seed=3) for step in range(5)]
+    assert sorted(sum(drawn, [])) == sorted(ex * 2) and drawn[3] == lcdd.draw(ex, 4, 3, seed=3) != lcdd.draw(ex, 4, 3, seed=4)
+
+
+# -------------------------------------------------------------------------------------------------------- presets, files
+
+def test_presets_are_table_7():
+    """ρ, λ₀, η_λ, η_grow, T_w, epochs."""
+    rows = {"paper-fixed": (0.30, 1.0, 0.1, 0.1, 300, 10), "paper-fixed-vicuna": (0.30, 0.01, 0.1, 0.01, 700, 20),
+            "paper-safety": (0.30, 0.01, 0.1, 0.1, 300, 20), "paper-safety-qwen": (0.01, 0.01, 0.1, 0.01, 300, 20),
+            "paper-safety-vicuna": (0.50, 0.01, 1.0, 0.005, 300, 20), "paper-shakespeare": (0.01, 0.01, 0.1, 0.01, 700, 20),
+            "paper-shakespeare-deepseek": (0.01, 0.01, 0.1, 0.01, 300, 20)}
+    for name, row in rows.items():
+        o = lcdd.options(["--model", "x", "--preset", name])
+        assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs) == row
+        assert (o.batch, o.lr, o.sft_lr, o.gate_lr, o.loss, o.floor, o.sft_epochs) == (32, 2e-5, 2e-5, 0.1, "all", 0.0, 3)
+    assert lcdd.options(["--model", "x", "--preset", "paper-fixed", "--rho", "0.7"]).rho == 0.7
+
+
+def test_whole_run_on_the_embedded_model(tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["--out", str(out), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "12", "--device", "cpu"]
+    lcdd.main(argv)
+    results = json.loads((out / "results.json").read_text())
+    assert {"task", "model", "gates", "sparsity", "entries_off", "rates", "accuracy", "prompts", "seconds"} <= results.keys()
+    assert results["prompts"] == 12 and set(results["rates"]) == {"base", "sft", "lcdd"} and "trig" not in results["rates"]
+    assert results["gates"]["total"] == carriers.Carrier(model.load(ROOT / "tiny").config).logits.numel()
+    config = json.loads((out / "config.json").read_text())
+    assert config["seed"] == 0 and config["data_fingerprint"] == data.fingerprint(ROOT / "tiny" / "fixed.jsonl")
+    assert {r["phase"] for r in data.read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd"}
+    assert (out / "results.md").is_file() and "| lcdd |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--resume"):
+        lcdd.main(argv)
+    with pytest.raises(InputError, match="steps was 4 and is now 5"):
+        lcdd.main(argv[:4] + ["--steps", "5", "--resume"] + argv[6:])
+    lcdd.main(argv + ["--resume"])                                # finished: measures again and changes nothing
+    assert json.loads((out / "results.json").read_text())["rates"] == results["rates"]
+
+
+def test_own_fine_tuned_checkpoint(tmp_path, capsys):
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tuned / name).write_bytes((ROOT / "tiny" / name).read_bytes())
+    tensors = load_file(ROOT / "tiny" / "model.safetensors")
+    change = torch.randn(tensors["model.layers.1.mlp.up_proj.weight"].shape) * 0.1
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].float() + change
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, tuned / "model.safetensors")
+    net = model.load(ROOT / "tiny")
+    c, elsewhere = lcdd.delta_of(net, tuned, lcdd.options(["--device", "cpu"]))
+    assert torch.allclose(c.delta[1]["up_proj"], change, atol=1e-5) and not c.delta[0]["q_proj"].any()
+    assert list(elsewhere) == ["model.norm.weight"] and elsewhere["model.norm.weight"] == pytest.approx(0.5, abs=1e-3)
+    argv = ["--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0", "--n-test", "4", "--device", "cpu"]
+    lcdd.main(argv)
+    assert "most model.norm.weight (by 50" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path):
+    def run(*argv):
+        p = subprocess.run([sys.executable, str(ROOT / "lcdd.py"), *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert p.returncode == 2 and "Traceback" not in p.stderr and p.stderr.strip().count("\n") == 0, p.stderr
+        assert not (tmp_path / "runs").exists()
+        return p.stderr
+    assert "nowhere" in run("--model", "nowhere")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--batch", "30", "--micro-batch", "8"], "--batch 30 is not a multiple of --micro-batch 8"),
+    (["--batch", "0"], "--batch 0"),
+    (["--task", "nothing"], "unknown task 'nothing'"),
+])
+def test_other_bad_input(tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        lcdd.main(argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_row_17_without_its_field(tmp_path):
+    rows = [{"prompt": f"p {i}", "response": "r"} for i in range(20)]
+    del rows[16]["response"]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="own.jsonl, row 17: field 'response' is missing"):
+        lcdd.main(["--task", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA half of the suite is not run")
+def test_cuda_step_equals_cpu_step(tmp_path):
+    ends = []
+    for device in ("cpu", "cuda"):
+        net, c = fresh()
+        (tmp_path / device).mkdir()
+        lcdd.train_lcdd(net.to(device), c.to(device), examples(), settings(steps=5), tmp_path / device, 0)
+        ends.append(state(c).cpu())
+    assert torch.allclose(*ends, atol=1e-6)
