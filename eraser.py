@@ -1,0 +1,274 @@
+"""SFT-Eraser (Sec. 3.3): a soft trigger τ (n × d) that, with every weight frozen, switches a carrier's behaviour off again.
+
+    L = L_mse + α·L_kl + β·R                                                                           (Eq. 6)
+
+L_mse pulls the residual stream on the carrier's write channels to the base's at the last prompt token (Eq. 7), L_kl pulls
+the next-token distributions to the base's (Eq. 8), R keeps τ small, and a projection bounds its tokens (Eq. 28).
+
+    python eraser.py --run runs/fixed                                     the LCDD carrier, full loss
+    python eraser.py --run runs/fixed --target sft --objective output     plain SFT, no Eq. 7: a cell of Table 4
+
+Shapes: P prompts, B of them in a batch, n trigger tokens, k positions of Eq. 8, L layers, d hidden size, V vocabulary.
+"""
+import argparse
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import carrier as carriers
+import data
+import model
+from data import InputError
+
+PRESETS = {"tiny": dict(length=16, steps=200, lr=0.3), "paper": {}}
+
+
+def options(argv=None):
+    """The command line; defaults are the paper's (App. F.3), lengths and rates measured in the model's own token norms."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = p.add_argument
+    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--objective", choices=("circuit", "output", "random"), default="circuit",
+      help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
+    a("--target", choices=("lcdd", "sft", "base"), default="lcdd", help="the model that the trigger is put before (lcdd)")
+    a("--name", help="the trigger's file name (default trigger, or trigger-TARGET-OBJECTIVE)")
+    a("--preset", choices=PRESETS, help="tiny or paper settings (default: as the run's)")
+    a("--resume", action="store_true", help="go on with an interrupted optimisation")
+    a("--length", type=int, default=20, help="n, tokens of the trigger (20)")
+    a("--steps", type=int, default=2000, help="optimizer steps (2000)")
+    a("--batch", type=int, default=16, help="prompts a step (16)")
+    a("--lr", type=float, default=0.14, help="Adam's rate, in units of the embedding's root mean square (0.14: the paper's 0.003 on Qwen3-0.6B)")
+    a("--bound", type=float, default=1.5, help="r of Eq. 28, in units of the mean token norm (1.5: the paper's 1.0 on Qwen3-0.6B)")
+    a("--absolute", action="store_true", help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
+    a("--alpha", type=float, default=0.7, help="weight of L_kl (0.7)")
+    a("--beta", type=float, default=0.1, help="weight of R (0.1)")
+    a("--k", type=int, default=8, help="positions of L_kl (8)")
+    a("--positions", choices=("response", "prompt"), default="response",
+      help="of L_kl: the first k of the base's own answer, or the last k of the prompt (the released code)")
+    a("--match", choices=("prompt", "mean"), default="prompt", help="Eq. 7 prompt by prompt, or means over prompts (the released code)")
+    a("--raw", action="store_true", help="Eq. 7 as it stands, not divided by the base's variance layer by layer")
+    a("--clip", type=float, default=1.0, help="gradient norm is clipped to this (1.0)")
+    a("--judge-every", type=int, default=25, help="steps between judgements on the validation prompts (25)")
+    a("--seed", type=int, default=0, help="seed of the first τ, the batches and the random channels")
+    a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    first = p.parse_args(argv)
+    config = data.read_json(Path(first.run) / "config.json")
+    p.set_defaults(preset="tiny" if str(config.get("preset")).startswith("tiny") else "paper")
+    p.set_defaults(**PRESETS[p.parse_args(argv).preset])
+    o = p.parse_args(argv)
+    o.name = o.name or ("trigger" if (o.target, o.objective) == ("lcdd", "circuit") else f"trigger-{o.target}-{o.objective}")
+    for name in ("length", "steps", "batch", "k", "judge_every"):
+        if getattr(o, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
+    return o, config
+
+
+# --------------------------------------------------------------------------------------------------- what τ is pulled to
+
+@dataclass
+class Targets:
+    """The base on P prompts, computed once.
+
+    ids (P, T) prompt and answer ids, right-padded; last (P) index of the last prompt token; keep (P, T) bool, the
+    positions of Eq. 8; hidden: the base's hidden states there, row after row (number kept, d); at: where each prompt's
+    rows of `hidden` begin; stream (L, P, d): residual stream after each layer at the last prompt token.
+    """
+    ids: torch.Tensor
+    last: torch.Tensor
+    keep: torch.Tensor
+    hidden: torch.Tensor
+    at: torch.Tensor
+    stream: torch.Tensor
+
+
+@torch.no_grad()
+def base_targets(net, prompts, k=8, positions="response", batch_size=64):
+    """Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
+
+    response: the base's own greedy answer y to each prompt; k positions from the last prompt token on, which predict
+    y_1 … y_k. prompt: the last k positions of the prompt itself.
+    """
+    answers = net.generate(prompts, max_new_tokens=k, batch_size=batch_size) if positions == "response" else [[]] * len(prompts)
+    rows = [(p + a[:-1], len(p) - 1) for p, a in zip(prompts, answers)]                  # the last token only gets predicted
+    ids, real = data.collate([(r, [True] * len(r)) for r, _ in rows], pad_id=0)          # (P, T)
+    last = torch.tensor([i for _, i in rows])                                            # (P)
+    place = torch.arange(ids.shape[1])                                                   # (T)
+    first = last if positions == "response" else (last - k + 1).clamp(min=0)
+    keep = real & (place >= first[:, None])                                              # (P, T)
+    if positions == "prompt":
+        keep &= place <= last[:, None]
+    hidden, stream = [], []
+    for i in range(0, len(ids), batch_size):
+        piece = slice(i, i + batch_size)
+        h, s = net(ids[piece].to(net.device), keep=keep[piece].to(net.device), stream=True, head=False)
+        hidden.append(h)
+        stream.append(torch.stack([x[torch.arange(len(x)), last[piece]] for x in s]))    # (L, B, d)
+    at = F.pad(keep.sum(1).cumsum(0), (1, 0))                                            # (P+1)
+    move = lambda *ts: [t.to(net.device) for t in ts]
+    return Targets(*move(ids, last, keep), torch.cat(hidden), at.tolist(), torch.cat(stream, dim=1))
+
+
+def channels(carrier, objective, seed=0):
+    """(L, d) bool: the carrier's write channels (Eq. 5), as many random ones a layer, or none at all (output-only)."""
+    c = carrier.write_channels()
+    if objective == "output":
+        return torch.zeros_like(c)
+    if objective == "random":
+        noise = torch.rand(c.shape, generator=torch.Generator().manual_seed(seed)).to(c.device)
+        return noise.argsort(1).argsort(1) < c.sum(1, keepdim=True)
+    return c
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+def matching_loss(stream, target, mask, match="prompt", variance=None):
+    """L_mse (Eq. 7): mean over layers with open channels, over those channels and over prompts of (a − a_base)².
+
+    stream, target (L, B, d); mask (L, d). match="mean" compares means over prompts instead, target's over all of its
+    own prompts. variance (L, d): the layer's mean variance on its channels divides its term; None: as it stands.
+    """
+    if match == "mean":
+        stream, target = stream.mean(1, keepdim=True), target.mean(1, keepdim=True)
+    size = mask.sum(1)                                                                    # (L)
+    error = (model.wide(stream - target).square().mean(1) * mask).sum(1) / size.clamp(min=1)   # (L)
+    if variance is not None:
+        error = error / ((variance * mask).sum(1) / size.clamp(min=1)).clamp(min=1e-12)
+    return (error * (size > 0)).sum() / (size > 0).sum().clamp(min=1)
+
+
+def output_loss(net, hidden, target, counts):
+    """L_kl (Eq. 8): mean over a prompt's positions, then over prompts, of KL(p_base ‖ p). hidden, target (N, d): hidden
+    states at the kept positions, row after row; counts (B): how many belong to each prompt."""
+    p, q = (model.wide(net.head(h)).log_softmax(-1) for h in (target, hidden))               # (N, V)
+    kl = (p.exp() * (p - q)).sum(-1)                                                      # (N)
+    weight = (1 / counts.to(kl.dtype)).repeat_interleave(counts) / len(counts)
+    return (kl * weight).sum()
+
+
+def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=None):
+    """Eq. 6 for the prompts `rows` of `targets`: (L, L_mse, L_kl, R). `unit` is the token norm that R is measured in."""
+    ids, keep = targets.ids[rows], targets.keep[rows]
+    T = int(targets.last[rows].max()) + 1 if o.positions == "prompt" else int(keep.sum(0).nonzero().max()) + 1
+    hidden, streams = net(ids[:, :T], carrier=weights, trigger=tau, keep=keep[:, :T], stream=True, head=False)
+    mse = hidden.new_zeros(())
+    if mask.any():
+        stream = torch.stack([x[torch.arange(len(x)), targets.last[rows]] for x in streams])         # (L, B, d)
+        aim = targets.stream if o.match == "mean" else targets.stream[:, rows]
+        mse = matching_loss(stream, aim, mask, o.match, variance)
+    aim = torch.cat([targets.hidden[targets.at[i]:targets.at[i + 1]] for i in rows])                  # (N, d)
+    kl = output_loss(net, hidden, aim, keep.sum(1))
+    norm = (tau / unit).square().sum(1).mean()
+    return mse + o.alpha * kl + o.beta * norm, mse, kl, norm
+
+
+@torch.no_grad()
+def project(tau, bound):
+    """τ_j ← τ_j · min(1, r/‖τ_j‖), in place (Eq. 28)."""
+    tau.mul_((bound / tau.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
+    return tau
+
+
+# ------------------------------------------------------------------------------------------------------ the optimisation
+
+def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: False, log=None):
+    """The trigger (n, d) for a model with frozen `weights` (a Merged; None: the base), and its loss on the prompts `judge`.
+
+    train, judge: Targets. mask (L, d): the channels of Eq. 7. Every `judge_every` steps τ as it stands is judged on all
+    of `judge`; the τ that was judged lowest is returned. `state`: a file to save to and to go on from.
+    """
+    mask = mask.to(net.device)
+    tokens = net.embedding.float()
+    unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
+    lr = o.lr if o.absolute else o.lr * unit / math.sqrt(tokens.shape[1])
+    variance = None if o.raw else train.stream.float().var(1)                             # (L, d)
+    generator = torch.Generator().manual_seed(o.seed)
+    tau = tokens[torch.randint(len(tokens), (o.length,), generator=generator).to(net.device)].clone()
+    tau = project(tau, o.bound * unit).requires_grad_(True)
+    optimizer = torch.optim.Adam([tau], lr=lr)
+    everything, best, lowest, start = list(range(len(judge.ids))), tau.detach().clone(), math.inf, 0
+    if state is not None and state.is_file():
+        saved, numbers = carriers.load_tensors(state, net.device)
+        tau.data.copy_(saved["tau"])
+        best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
+        optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
+    began = time.time()
+    for t in range(start, o.steps + 1):
+        if t % o.judge_every == 0 or t == o.steps:
+            with torch.no_grad():
+                parts = [trigger_loss(net, weights, tau, judge, everything[i:i + 64], mask, o, unit, variance) for i in range(0, len(everything), 64)]
+                share = [len(everything[i:i + 64]) / len(everything) for i in range(0, len(everything), 64)]
+                loss, mse, kl, norm = (float(sum(s * p[i] for s, p in zip(share, parts))) for i in range(4))
+            if loss < lowest:
+                lowest, best = loss, tau.detach().clone()
+            if log:
+                log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest, left=(time.time() - began) / max(1, t - start) * (o.steps - t))
+        if interrupted():
+            if t > start:
+                moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
+                carriers.save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t)
+            raise KeyboardInterrupt
+        if t == o.steps:
+            break
+        shuffle = torch.Generator().manual_seed(o.seed * 10007 + t)                       # a step depends on its number alone
+        rows = torch.randperm(len(train.ids), generator=shuffle)[:o.batch].tolist()
+        loss = trigger_loss(net, weights, tau, train, rows, mask, o, unit, variance)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([tau], o.clip)
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * t / o.steps))
+        optimizer.step()
+        project(tau, o.bound * unit)
+    return best, lowest
+
+
+def load(path, net):
+    """τ (n, d) of a trigger file, on the net's device; InputError where it does not fit the model."""
+    tensors, _ = carriers.load_tensors(path, net.device)
+    if "trigger" not in tensors or tensors["trigger"].ndim != 2 or tensors["trigger"].shape[1] != net.config.hidden_size:
+        raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
+    return tensors["trigger"]
+
+
+def main():
+    o, config = options()
+    run = Path(o.run)
+    chat, splits, _ = data.prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in data.SIZES})
+    net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
+    net.stop = chat.stop
+    lcdd = carriers.load(run / "carrier.safetensors", net)
+    weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
+    weights = weights and weights.merge(net)
+    start, state = time.time(), run / f"{o.name}.state"
+    if not o.resume:
+        state.unlink(missing_ok=True)
+    flag = []
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: flag.append(1))
+    ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
+    train, judge = (base_targets(net, ids[k], o.k, o.positions) for k in ("trigger", "validation"))
+    mask = channels(lcdd, o.objective, o.seed)
+    print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, judged on {len(judge.ids)}; "
+          f"write channels {int(mask.sum())} of {mask.numel()}")
+
+    def log(t, left, **values):
+        data.append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
+        print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {left:.0f}s", flush=True)
+
+    tau, loss = learn(net, weights, train, judge, mask, o, state, lambda: bool(flag), log)
+    settings = {k: v for k, v in vars(o).items() if k not in ("run", "resume", "device")}
+    carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings)
+    state.unlink(missing_ok=True)
+    if o.name == "trigger":
+        results = data.read_json(run / "results.json")
+        results["seconds"]["eraser"] = round(time.time() - start, 2)
+        data.write_json(run / "results.json", results)
+    print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}")
+
+
+if __name__ == "__main__":
+    data.cli(main)

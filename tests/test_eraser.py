@@ -1,0 +1,245 @@
+"""eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import carrier as carriers
+import data
+import eraser
+import evaluate
+import lcdd
+import model
+from carrier import Carrier
+from data import InputError
+
+CONFIG = model.Config(vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+
+
+def make_net(dtype=torch.float64):
+    torch.manual_seed(0)
+    net = model.Llama(CONFIG).to(dtype)
+    for p in net.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    return net.requires_grad_(False)
+
+
+def make_carrier(net):
+    torch.manual_seed(1)
+    c = Carrier(CONFIG, dtype=net.dtype).to(net.dtype)
+    with torch.no_grad():
+        c.logits.copy_(torch.randn(c.logits.shape) - 0.5)
+        start = sum(list(c.sizes.values())[:4])
+        c.logits[1, start:start + 16] = -1                        # layer 1 has no open attn_write …
+        c.logits[1, -16:] = -1                                    # … and no open ffn_write: C_1 is empty
+        for p in c.delta.parameters():
+            p.normal_(0, 0.1)
+    return c
+
+
+def settings(**changes):
+    return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
+                                        match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit"), **changes})
+
+
+def prompts(n=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 41, (int(torch.randint(2, 9, (), generator=g)),), generator=g).tolist() for _ in range(n)]
+
+
+def brute_force(net, weights, tau, texts, rows, mask, o):
+    """Eq. 6 spelled out: one prompt, one layer, one channel, one position at a time."""
+    unit = net.embedding.norm(dim=1).mean() if not o.absolute else 1.0
+    base, answers = [], []
+    for p in texts:
+        answer = net.generate([p], max_new_tokens=o.k, stop=())[0] if o.positions == "response" else []
+        full = torch.tensor([p + answer[:-1]])
+        logits, stream = net(full, stream=True)
+        base.append((full, logits[0], [s[0, len(p) - 1] for s in stream]))
+        answers.append(answer)
+    mse, used = 0.0, [l for l in range(CONFIG.num_hidden_layers) if mask[l].any()]
+    kl, acts = 0.0, {}
+    for r in rows:
+        full, base_logits, _ = base[r]
+        logits, stream = net(full, carrier=weights, trigger=tau, stream=True)
+        n = len(texts[r])
+        acts[r] = [s[0, n - 1] for s in stream]
+        where = range(n - 1, full.shape[1]) if o.positions == "response" else range(max(0, n - o.k), n)
+        terms = []
+        for t in where:
+            p, q = base_logits[t].log_softmax(-1), logits[0, t].log_softmax(-1)
+            terms.append(sum(p[v].exp() * (p[v] - q[v]) for v in range(CONFIG.vocab_size)))
+        kl = kl + sum(terms) / len(terms) / len(rows)
+    for l in used:
+        open_channels = [i for i in range(CONFIG.hidden_size) if mask[l, i]]
+        variance = sum(torch.stack([base[p][2][l][i] for p in range(len(texts))]).var() for i in open_channels) / len(open_channels)
+        if o.match == "prompt":
+            error = sum(sum((acts[r][l][i] - base[r][2][l][i]) ** 2 for i in open_channels) / len(open_channels) for r in rows) / len(rows)
+        else:
+            error = sum((sum(acts[r][l][i] for r in rows) / len(rows) - sum(base[p][2][l][i] for p in range(len(texts))) / len(texts)) ** 2
+                        for i in open_channels) / len(open_channels)
+        mse = mse + error / (1 if o.raw else variance) / len(used)
+    norm = sum((t / unit) @ (t / unit) for t in tau) / len(tau)
+    return mse + o.alpha * kl + o.beta * norm
+
+
+@pytest.mark.parametrize("changes", [{}, {"raw": True}, {"match": "mean"}, {"positions": "prompt"}, {"absolute": True, "match": "mean", "raw": True}],
+                         ids=["default", "raw", "mean", "prompt positions", "the released code's"])
+def test_loss_and_gradient_against_brute_force(changes):
+    net, o = make_net(), settings(**changes)
+    c = make_carrier(net)
+    weights, mask, texts, rows = c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
+    targets = eraser.base_targets(net, texts, o.k, o.positions, batch_size=3)
+    unit = 1.0 if o.absolute else float(net.embedding.norm(dim=1).mean())
+    variance = None if o.raw else targets.stream.var(1)
+    tau = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    loss = eraser.trigger_loss(net, weights, tau, targets, rows, mask, o, unit, variance)[0]
+    want = brute_force(net, weights, tau, texts, rows, mask, o)
+    assert torch.allclose(loss, want, atol=1e-10)
+    assert torch.allclose(*(torch.autograd.grad(x, tau)[0] for x in (loss, want)), atol=1e-10)
+
+
+def test_output_only_is_the_loss_without_eq_7():
+    net, o = make_net(), settings()
+    c = make_carrier(net)
+    targets = eraser.base_targets(net, prompts(), o.k)
+    tau = torch.randn(3, 16, dtype=torch.float64)
+    mask = eraser.channels(c, "output")
+    loss, mse, kl, norm = eraser.trigger_loss(net, c.merge(net), tau, targets, [0, 1], mask, o)
+    assert mse == 0 and torch.allclose(loss, 0.7 * kl + 0.1 * norm)
+
+
+def test_channels():
+    c = make_carrier(make_net())
+    circuit, random, output = (eraser.channels(c, k) for k in ("circuit", "random", "output"))
+    for l in range(3):
+        groups = dict(zip(carriers.GROUPS, c.logits[l].split(list(c.sizes.values()))))
+        assert circuit[l].tolist() == [bool(a > 0 or f > 0) for a, f in zip(groups["attn_write"], groups["ffn_write"])]
+    assert not circuit[1].any() and circuit[0].any()
+    assert torch.equal(random.sum(1), circuit.sum(1)) and not torch.equal(random, circuit) and not output.any()
+    assert torch.equal(random, eraser.channels(c, "random")) and not torch.equal(random, eraser.channels(c, "random", seed=1))
+
+
+def test_projection():
+    tau = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    assert torch.allclose(eraser.project(tau, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+
+
+def test_learning_lowers_the_loss_and_changes_no_weight():
+    net, o = make_net(torch.float32), settings()
+    c = make_carrier(net)
+    weights = c.merge(net)
+    before = [p.clone() for p in [*net.parameters(), *c.parameters(), *(w for layer in weights.weights for w in layer.values())]]
+    texts = prompts(24)
+    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    seen = []
+    tau, lowest = eraser.learn(net, weights, train, judge, eraser.channels(c, "circuit"), o, log=lambda t, loss, **_: seen.append(loss))
+    after = [*net.parameters(), *c.parameters(), *(w for layer in weights.weights for w in layer.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after)) and all(p.grad is None for p in after)
+    assert len(seen) == 5 and lowest == min(seen) < 0.9 * seen[0]
+    assert tau.norm(dim=1).max() <= 1.5 * net.embedding.norm(dim=1).mean() * (1 + 1e-5)
+
+
+def test_the_trigger_kept_is_the_one_that_was_judged():
+    """Judged again, the returned τ has exactly the loss that was returned with it, also where later ones are worse."""
+    net, o = make_net(), settings(lr=6.0, steps=30)               # far too fast: the loss goes up and down
+    c = make_carrier(net)
+    texts = prompts(24)
+    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    mask, seen = eraser.channels(c, "circuit"), []
+    tau, lowest = eraser.learn(net, c.merge(net), train, judge, mask, o, log=lambda t, loss, **_: seen.append(loss))
+    unit = float(net.embedding.float().norm(dim=1).mean())
+    again = eraser.trigger_loss(net, c.merge(net), tau, judge, list(range(8)), mask, o, unit, train.stream.float().var(1))[0]
+    assert float(again) == pytest.approx(lowest, rel=1e-5) and lowest == min(seen)
+
+
+def test_a_trigger_of_the_right_content_has_loss_zero():
+    """A model whose delta only moves what the queries ask of one key: the token that was τ when the targets were made undoes it."""
+    net, o = make_net(), settings(beta=0.0)
+    c = make_carrier(net)
+    weights, texts = c.merge(net), prompts()
+    hand = torch.randn(3, 16, dtype=torch.float64)
+    targets = eraser.base_targets(net, texts, o.k)
+    hidden, stream = net(targets.ids, carrier=weights, trigger=hand, keep=targets.keep, stream=True, head=False)
+    targets.hidden = hidden
+    targets.stream = torch.stack([x[torch.arange(len(x)), targets.last] for x in stream])
+    mask = eraser.channels(c, "circuit")
+    at = lambda tau: float(eraser.trigger_loss(net, weights, tau, targets, list(range(7)), mask, o)[0])
+    assert at(hand) < 1e-12 and at(hand + 0.01 * torch.randn_like(hand)) > 1e-8 and at(hand.flip(0)) > 1e-3
+
+
+def test_an_empty_prefix_effect_is_loss_zero_on_the_base():
+    """Where attention writes nothing no trigger can matter: on the base itself every τ has L_mse = L_kl = 0."""
+    net, o = make_net(), settings()
+    for l in range(3):
+        net.projections[l]["o_proj"].weight.data.zero_()
+    targets = eraser.base_targets(net, prompts(), o.k)
+    mask = torch.ones(3, 16, dtype=torch.bool)
+    _, mse, kl, _ = eraser.trigger_loss(net, None, torch.randn(3, 16, dtype=torch.float64), targets, [0, 3, 5], mask, o)
+    assert float(mse) < 1e-20 and abs(float(kl)) < 1e-12
+
+
+def test_an_interrupted_optimisation_resumes_on_the_same_trajectory(tmp_path):
+    net, o = make_net(torch.float32), settings()
+    c = make_carrier(net)
+    texts = prompts(24)
+    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    args = (net, c.merge(net), train, judge, eraser.channels(c, "circuit"), o)
+    whole, lowest = eraser.learn(*args)
+    calls, state = [], tmp_path / "x.state"
+    with pytest.raises(KeyboardInterrupt):
+        eraser.learn(*args, state=state, interrupted=lambda: (calls.append(1), len(calls) > 17)[1])
+    tau, again = eraser.learn(*args, state=state)
+    assert torch.equal(tau, whole) and again == lowest
+
+
+def test_targets_do_not_depend_on_the_batch():
+    net = make_net()
+    a, b = (eraser.base_targets(net, prompts(), 4, batch_size=n) for n in (2, 64))
+    assert torch.equal(a.ids, b.ids) and torch.allclose(a.hidden, b.hidden, atol=1e-10) and torch.allclose(a.stream, b.stream, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "r"
+    lcdd.main(["--out", str(folder), "--sft-steps", "8", "--steps", "6", "--settle", "1", "--warmup", "1", "--n-test", "12", "--n-trigger", "20", "--n-validation", "10",
+               "--device", "cpu"])
+    return folder
+
+
+def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
+    argv = ["eraser.py", "--run", str(run), "--steps", "6", "--length", "2", "--judge-every", "3", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", argv)
+    eraser.main()
+    tau, metadata = carriers.load_tensors(run / "trigger.safetensors")
+    assert tau["trigger"].shape == (2, 128) and metadata["objective"] == "circuit" and metadata["positions"] == "response"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
+    evaluate.main()
+    results = data.read_json(run / "results.json")
+    assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"} and results["shut_is_base"] is True
+    assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"]) and results["kl"]["base_shut"] == 0
+    assert results["rates"]["shut"] == results["rates"]["base"] and results["same_as_base"]["shut"] == 1
+    assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"} and "| LCDD + trigger |" in (run / "results.md").read_text()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
+    evaluate.main()
+    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.strip().split("\n")] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--dose", "--device", "cpu"])
+    evaluate.main()
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+
+
+def test_bad_input(run, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="config.json"):
+        eraser.options(["--run", str(tmp_path)])
+    with pytest.raises(InputError, match="--length 0"):
+        eraser.options(["--run", str(run), "--length", "0"])
+    carriers.save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
+    with pytest.raises(InputError, match="t.safetensors: holds no trigger of width 16"):
+        eraser.load(tmp_path / "t.safetensors", make_net())
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5"])
+    with pytest.raises(InputError, match="--seed 5"):
+        evaluate.main()
