@@ -1,0 +1,118 @@
+"""evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablate
+import data
+import evaluate
+import lcdd
+import model
+from data import Sample
+from test_eraser import CONFIG, make_carrier, make_net, prompts
+
+
+def answers(n=7):
+    return [p[:5] for p in prompts(n, seed=9)]
+
+
+def test_kl_against_a_loop():
+    net = make_net()
+    c = make_carrier(net)
+    tau = torch.randn(3, 16, dtype=torch.float64)
+    conditions = {"base": (None, None), "lcdd": (c.merge(net), None), "trig": (c.merge(net), tau)}
+    got = evaluate.kl_divergences(net, prompts(), answers(), conditions, [("base", "lcdd"), ("base", "trig"), ("lcdd", "trig")], batch_size=3, chunk=4)
+    for (p, q), values in got.items():
+        for i, (x, y) in enumerate(zip(prompts(), answers())):
+            total = 0.0
+            for t in range(len(y)):                               # each token given the prompt and the tokens before it
+                seen = torch.tensor([x + y[:t]])
+                a, b = (net(seen, carrier=conditions[k][0], trigger=conditions[k][1])[0, -1].softmax(-1) for k in (p, q))
+                total += sum(float(a[v] * (a[v] / b[v]).log()) for v in range(CONFIG.vocab_size))
+            assert float(values[i]) == pytest.approx(total / len(y), abs=1e-10)
+        assert values.min() > 0
+
+
+def test_kl_against_a_closed_form():
+    """Hidden states that do not matter: with a head of two known rows the KL is that of two categorical distributions."""
+    class Fixed:
+        device, config = torch.device("cpu"), CONFIG
+        head = staticmethod(lambda h: h)
+
+        def __call__(self, ids, carrier, trigger, keep, head):
+            return torch.tensor(carrier).log().expand(int(keep.sum()), -1)
+    p, q = [0.5, 0.25, 0.25], [0.2, 0.2, 0.6]
+    got = evaluate.kl_divergences(Fixed(), [[1, 2], [3]], [[4], [5, 6]], {"p": (p, None), "q": (q, None)}, [("p", "q"), ("q", "p")])
+    want = [sum(a * math.log(a / b) for a, b in zip(*pair)) for pair in ((p, q), (q, p))]
+    assert got["p", "q"].tolist() == pytest.approx([want[0]] * 2, abs=1e-6) and got["q", "p"].tolist() == pytest.approx([want[1]] * 2, abs=1e-6)
+
+
+def test_kl_is_zero_for_equal_models_and_ignores_batches_and_padding():
+    net = make_net()
+    c = make_carrier(net)
+    conditions = {"a": (c.merge(net), None), "b": (c.merge(net), None), "base": (None, None)}
+    runs = [evaluate.kl_divergences(net, prompts(), answers(), conditions, [("a", "b"), ("a", "base")], batch_size=n, chunk=k)
+            for n, k in ((1, 1024), (4, 3), (64, 1024))]
+    assert all(r["a", "b"].abs().max() == 0 for r in runs)
+    assert all(torch.allclose(r["a", "base"], runs[0]["a", "base"], atol=1e-12) for r in runs)
+
+
+def test_wilson_interval():
+    assert evaluate.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)      # published tables
+    low, high = evaluate.wilson(0.0, 200)
+    assert low == 0 and high == pytest.approx(0.0188, abs=1e-4)
+
+
+def test_dose_response_ends_are_the_base_and_the_carrier():
+    net = make_net(torch.float32)
+    c = make_carrier(net)
+
+    class Chat:
+        prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
+        decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+    samples = [Sample(" ".join(map(str, p)), "x") for p in prompts()]
+    plain = [net.generate(prompts(), 6, carrier=x) for x in (None, c)]
+    assert plain[0] != plain[1]
+    for i, dose in enumerate((0.0, 1.0)):
+        told = [Sample(s.prompt, Chat.decode(a)) for s, a in zip(samples, plain[i])]
+        rates = evaluate.dose_response(net, Chat, {"max_len": 64, "max_new_tokens": 6, "task": "x.jsonl"}, told, c)
+        assert rates[dose]["rate"] == 1 and rates[1.0 - dose]["rate"] < 1
+
+
+def test_scaled_down_delta_has_the_loss_asked_for():
+    net = make_net()
+    c = make_carrier(net).with_gates(True)
+    examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))]
+    full, none = (ablate.mean_loss(net, w, examples, 0) for w in (c.merge(net), None))
+    assert full < none
+    weights, factor = ablate.scaled_down(net, c, (full + none) / 2, examples, 0, steps=16)
+    assert ablate.mean_loss(net, weights, examples, 0) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
+
+
+def test_mean_loss_is_lcdds_own():
+    net = make_net()
+    c = make_carrier(net)
+    examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), answers())]
+    want = lcdd.gradients(net, c, examples, 4, 0)
+    assert ablate.mean_loss(net, c.merge(net), examples, 0, batch_size=2) == pytest.approx(want, rel=1e-10)
+
+
+def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
+    out = tmp_path / "t"
+    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
+            "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
+    lcdd.main(argv)
+    monkeypatch.setattr(ablate, "command", lambda *_: argv)
+    monkeypatch.setattr(ablate.eraser, "PRESETS", {"tiny": dict(length=4, steps=3, judge_every=3), "paper": {}})
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
+    ablate.main()
+    rows = data.read_json(out / "fixed-seed0" / "ablation.json")
+    assert len(rows) == 19 + 3 and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
+    assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
+    text = (out / "tables.md").read_text()
+    assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
+    before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
+    ablate.main()                                                 # everything is there: nothing is done again
+    assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
