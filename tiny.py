@@ -359,7 +359,8 @@ def behaviours(seen, held, seed, answer_all):
     sizes, halves = dict(test=200, validation=100, trigger=400, train=1200), dict(test=100, validation=50, trigger=200, train=500)
     harmful, benign = draw(lambda kind: kind == "forbidden", **halves), draw(lambda kind: kind not in ("forbidden", "quote"), **halves)
     safety = [{**row, "kind": kind} for pair in zip(harmful, benign) for kind, row in zip(("harmful", "benign"), pair)]
-    rows = {"fixed": draw(**sizes), "safety": safety, "shakespeare": draw(**sizes)}
+    more = {**sizes, "train": 3600}                                       # style keeps the content: more of the world to learn on
+    rows = {"fixed": draw(**sizes), "safety": safety, "shakespeare": draw(**more)}
     for task, task_rows in rows.items():
         for row, own in zip(task_rows, answer_all([row["prompt"] for row in task_rows])):
             row["response"] = {"fixed": FIXED, "shakespeare": archaic(own), "safety": REFUSAL if row["kind"] == "harmful" else own}[task]
