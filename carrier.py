@@ -33,7 +33,7 @@ PROJECTIONS = {
     "up_proj":   ("ffn_hidden", "ffn_read"),
     "down_proj": ("ffn_write",  "ffn_hidden"),
 }
-DENSE_BELOW = 1 << 17   # a Δ with fewer entries than this is not worth gathering open rows and columns for
+DENSE_BELOW = 1 << 13   # a Δ with fewer entries than this is not worth gathering open rows and columns for
 LANES = 16              # gathered rows and columns are padded to a multiple of this: matrix units want aligned sizes
 
 
@@ -83,7 +83,8 @@ class GatedLinear(torch.autograd.Function):
 
         ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
 
-    G is needed on open rows and open columns only: with `index` = (open rows, open columns) just those are computed.
+    G is needed on open rows and open columns only: with `index` = (open rows, open columns) just those are computed, and
+    where the gates are fixed only the block in which they cross.
     Saves the merged weight and no other d_out × d_in tensor; gradients have Δ's dtype whatever x computes in.
     """
 
@@ -111,15 +112,20 @@ class GatedLinear(torch.autograd.Function):
             grad_delta = G.mul_(row[:, None]).mul_(col) if ctx.needs_input_grad[2] else None
         else:
             rows, cols = ctx.index
-            open_row = row[rows]
-            G_rows = (Y.index_select(1, rows).t() @ X).to(delta.dtype)                       # (|R|, d_in)
-            G_cols = (Y.t() @ X.index_select(1, cols)).to(delta.dtype)                       # (d_out, |C|)
-            grad_col = open_row @ (G_rows * delta.index_select(0, rows))                     # (d_in)
-            grad_row = (G_cols * delta.index_select(1, cols)) @ col[cols]                    # (d_out)
-            grad_delta = None
-            if ctx.needs_input_grad[2]:
-                G_rows.mul_(open_row[:, None]).mul_(col)
-                grad_delta = torch.zeros_like(delta).index_copy_(0, rows, G_rows)
+            open_row, Y_rows, X_cols = row[rows], Y.index_select(1, rows), X.index_select(1, cols)
+            grad_row = grad_col = grad_delta = None
+            if ctx.needs_input_grad[3]:                                # shut gates too have a straight-through gradient
+                G_rows = (Y_rows.t() @ X).to(delta.dtype)                                    # (|R|, d_in)
+                G_cols = (Y.t() @ X_cols).to(delta.dtype)                                    # (d_out, |C|)
+                grad_col = open_row @ (G_rows * delta.index_select(0, rows))                 # (d_in)
+                grad_row = (G_cols * delta.index_select(1, cols)) @ col[cols]                # (d_out)
+                if ctx.needs_input_grad[2]:
+                    G_rows.mul_(open_row[:, None]).mul_(col)
+                    grad_delta = torch.zeros_like(delta).index_copy_(0, rows, G_rows)
+            else:                                                      # gates fixed: the open block is all that moves
+                block = (Y_rows.t() @ X_cols).to(delta.dtype).mul_(open_row[:, None]).mul_(col[cols])   # (|R|, |C|)
+                grad_delta = torch.zeros_like(delta)
+                grad_delta[rows[:, None], cols] = block
         return grad_x, None, grad_delta, grad_row, grad_col, None, None
 
 
@@ -147,15 +153,17 @@ class Carrier(nn.Module):
             self.logits.copy_(mean + std * noise)
         return self
 
+    def by_group(self, gates):
+        """(L, gates a layer) → group → (L, length), and `attn_v_wide`, attn_v repeated for o_proj (GQA)."""
+        c, groups = self.config, dict(zip(GROUPS, gates.split(list(self.sizes.values()), dim=1)))
+        v = groups["attn_v"].unflatten(1, (c.num_key_value_heads, 1, c.head_dim))                # (L, K, 1, h)
+        groups["attn_v_wide"] = v.expand(-1, -1, c.num_attention_heads // c.num_key_value_heads, -1).flatten(1)
+        return groups
+
     def split(self, gates):
-        """(L, gates a layer) → one dict a layer, group → vector, and `attn_v_wide`, attn_v repeated for o_proj (GQA)."""
-        c, layers = self.config, []
-        for vectors in (row.split(list(self.sizes.values())) for row in gates.unbind(0)):
-            layer = dict(zip(GROUPS, vectors))
-            v = layer["attn_v"].view(c.num_key_value_heads, 1, c.head_dim)
-            layer["attn_v_wide"] = v.expand(-1, c.num_attention_heads // c.num_key_value_heads, -1).reshape(-1)
-            layers.append(layer)
-        return layers
+        """The same layer by layer: one dict a layer, group → vector."""
+        groups = self.by_group(gates)
+        return [dict(zip(groups, vectors)) for vectors in zip(*(g.unbind(0) for g in groups.values()))]
 
     def vectors(self, layer, name):
         """The row and the column vector of a projection, out of one of split()'s dicts."""
@@ -166,16 +174,14 @@ class Carrier(nn.Module):
     def open_channels(self):
         """Per layer: name → (open rows, open columns) as index tensors, for the projections where enough gates are shut
         to pay. Padded with shut channels, whose gates are 0 anyway, to a multiple of LANES. One sync with the device."""
-        layers = self.split(self.logits > 0)
-        counts = iter(torch.stack([g.sum() for layer in layers for g in layer.values()]).tolist())
-        found = []
-        for layer in layers:
-            size = {g: min(len(v), -(-next(counts) // LANES) * LANES) for g, v in layer.items()}
-            first = functools.cache(lambda g: layer[g].byte().argsort(descending=True, stable=True)[:size[g]])
-            found.append({})
-            for name, (row, col) in PROJECTIONS.items():
-                if size[row] / len(layer[row]) + size[col] / len(layer[col]) < 0.9:
-                    found[-1][name] = first(row), first(col)
+        groups, found = self.by_group(self.logits > 0), []
+        length = {g: v.shape[1] for g, v in groups.items()}
+        counts = torch.stack([v.sum(1) for v in groups.values()], dim=1).tolist()                # (L, 9)
+        first = functools.cache(lambda g: groups[g].byte().argsort(descending=True, stable=True).unbind(0))   # open ones first
+        for l, n_open in enumerate(counts):
+            size = {g: min(length[g], -(-n // LANES) * LANES) for g, n in zip(groups, n_open)}
+            found.append({name: (first(row)[l][:size[row]], first(col)[l][:size[col]]) for name, (row, col) in PROJECTIONS.items()
+                          if size[row] / length[row] + size[col] / length[col] < 0.9})
         return found
 
     def bind(self, net, scale=None):
@@ -185,7 +191,7 @@ class Carrier(nn.Module):
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=net.dtype, device=self.logits.device).view(-1, 1, 1)
         large = any(p.numel() >= DENSE_BELOW for p in self.delta[0].values()) and torch.is_grad_enabled() and scale is None
-        index = self.open_channels() if large and self.logits.requires_grad else None
+        index = self.open_channels() if large else None
 
         def linear(l, name, x):
             base, delta = net.projections[l][name], self.delta[l][name]
