@@ -146,7 +146,7 @@ class Run:
                                self.config["max_len"], self.answers)["row"]
         out = {"rate": row["rate"], "same": row["same"], "kl_sft": float(row["kl_sft"].mean()), "kl_base": float(row["kl_base"].mean())}
         out |= {"accuracy": row["accuracy"]} if "accuracy" in row else {}
-        for kind in row["kinds"]:
+        for kind in row["kinds"] if len(row["kinds"]) <= 3 else ():
             out[kind] = row["kinds"][kind]["rate"]
             if "accuracy" in row["kinds"][kind]:
                 out[f"{kind} accuracy"] = row["kinds"][kind]["accuracy"]

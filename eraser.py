@@ -25,7 +25,7 @@ import data
 import model
 from data import InputError
 
-PRESETS = {"tiny": dict(length=16, steps=200, lr=0.3), "paper": {}}
+PRESETS = {"tiny": dict(length=16, steps=120, lr=0.3, judge_every=20), "paper": {}}
 
 
 def options(argv=None):

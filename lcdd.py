@@ -30,11 +30,12 @@ from data import InputError
 PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3)
 GROW = dict(rho=0.01, eta_grow=0.01)
 TINY = dict(loss="response", micro_batch=32, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
-            lambda0=0.02, lambda_max=0.02, warmup=60)
+            lambda0=0.02, lambda_max=0.02, warmup=60, log_every=5)
 PRESETS = {
     "tiny-fixed": dict(TINY, sft_steps=150, sft_lr=5e-4, floor=0.06, steps=500, settle=100),
     "tiny-safety": dict(TINY, sft_steps=250, sft_lr=7e-4, floor=0.03, steps=600, settle=150),
-    "tiny-shakespeare": dict(TINY, sft_steps=350, sft_lr=1e-3, floor=0.12, steps=700, settle=200),
+    "tiny-shakespeare": dict(TINY, sft_steps=350, sft_lr=1e-3, floor=0.03, steps=450, settle=300, beta=0.8, lr=2e-3, gate_lr=8.0,
+                             lambda0=0.005, lambda_max=0.005),
     "paper-fixed": dict(PAPER, lambda0=1.0, epochs=10),
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
     "paper-safety": dict(PAPER),
