@@ -41,6 +41,7 @@ PAPER_ROWS = {"lcdd circuit": (96.5, 56.5, 0.391, 0.306), "lcdd output": (96.5, 
 
 
 def options(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", help="a finished run of your own instead of the embedded behaviours")
@@ -116,7 +117,8 @@ class Run:
             else:
                 settings.train = name
                 other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
-                self.facts[name] = lcdd.train_lcdd(self.net, other, o=settings, teacher=self.models["sft"], **training)
+                teacher = self.models["sft"] if name == "mask-kl" else None
+                self.facts[name] = lcdd.train_lcdd(self.net, other, o=settings, teacher=teacher, **training)
                 self.carriers[name] = other
                 self.models[name] = other.merge(self.net)
         return self.models[name]
@@ -246,6 +248,7 @@ def curve_table(seeds, lengths, full):
 
 
 def report(task, seeds, o, full):
+    """All tables of one behaviour as Markdown; `full` is the trigger's usual length."""
     kinds = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
     parts = [f"## {task}", main_table(task, seeds),
              "The switch and the models without a trigger:", row_table(seeds, ["base", "sft", "lcdd", "sft-long", "scaled"]),

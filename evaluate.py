@@ -87,13 +87,12 @@ def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, 
 
 def results_of(rows, samples):
     """measure()'s rows as entries of results.json (SPEC: rates, accuracy, kl), with 95 % confidence intervals under `ci`."""
-    known = {k: v for k, v in rows.items()}
     answered = sum(bool(s.answer) for s in samples)
-    out = data.by_condition(known) | {"same_as_base": {k: v["same"] for k, v in known.items()}, "prompts": len(samples)}
-    means = {f"{p}_{q}": mean_interval(known[q][f"kl_{p}"]) for p in ("sft", "base") for q in known if p != q}
+    out = data.by_condition(rows) | {"same_as_base": {k: v["same"] for k, v in rows.items()}, "prompts": len(samples)}
+    means = {f"{p}_{q}": mean_interval(rows[q][f"kl_{p}"]) for p in ("sft", "base") for q in rows if p != q}
     out["kl"] = {k: v[0] for k, v in means.items()}
-    out["ci"] = {"rates": {k: wilson(v["rate"], v["n"]) for k, v in known.items()}, "kl": {k: v[1] for k, v in means.items()},
-                 "same_as_base": {k: wilson(v["same"], len(samples)) for k, v in known.items()}}
+    out["ci"] = {"rates": {k: wilson(v["rate"], v["n"]) for k, v in rows.items()}, "kl": {k: v[1] for k, v in means.items()},
+                 "same_as_base": {k: wilson(v["same"], len(samples)) for k, v in rows.items()}}
     if "accuracy" in out:
         out["ci"]["accuracy"] = {k: wilson(v, answered) for k, v in out["accuracy"].items()}
     return out
@@ -156,8 +155,8 @@ def figure(run, results, carrier, path):
             y = [results[key][n] for n in names]
             low_high = [[max(0, a - results["ci"][key][n][0]) for a, n in zip(y, names)], [max(0, results["ci"][key][n][1] - a) for a, n in zip(y, names)]]
             bars.bar(x, y, width, yerr=low_high, label=label, capsize=2, error_kw={"lw": 0.8})
-    bars.set(xticks=range(len(names)), xticklabels=[NAMES[n] for n in names], ylim=(0, 1.05), title="share of test prompts (95 % CI)")
-    bars.legend(fontsize=8)
+    bars.set(xticks=range(len(names)), xticklabels=[NAMES[n] for n in names], ylim=(0, 1.2), title="share of test prompts (95 % CI)")
+    bars.legend(fontsize=8, ncols=3, loc="upper center")
     pairs = [(k, l) for k, l in (("sft_lcdd", "SFT‖LCDD"), ("sft_trig", "SFT‖Trig"), ("base_trig", "Base‖Trig")) if k in results["kl"]]
     y = [results["kl"][k] for k, _ in pairs]
     kls.bar([l for _, l in pairs], y, yerr=[[a - results["ci"]["kl"][k][0] for a, (k, _) in zip(y, pairs)]] * 2, capsize=3, color="tab:gray")
@@ -170,6 +169,7 @@ def figure(run, results, carrier, path):
 # ------------------------------------------------------------------------------------------------------------ the script
 
 def options(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", required=True, help="run directory that lcdd.py has finished")
@@ -214,9 +214,11 @@ def main():
 
     if o.ask:
         prompts = [chat.prompt(text, config["max_len"]) for text in o.ask]
-        for name, (c, trigger) in conditions.items():
-            for text, answer in zip(o.ask, net.generate(prompts, config["max_new_tokens"], carrier=c, trigger=trigger)):
-                print(f"{NAMES[name]:15s} {text}  →  {chat.decode(answer)}")
+        answers = {name: net.generate(prompts, config["max_new_tokens"], carrier=c, trigger=t) for name, (c, t) in conditions.items()}
+        for i, text in enumerate(o.ask):
+            print(f"\n{text}")
+            for name in conditions:
+                print(f"  {NAMES[name]:14s}  {chat.decode(answers[name][i]).strip()}")
         return
     if o.dose:
         print("| Δ × | behaviour | accuracy |\n|---|---|---|")

@@ -184,12 +184,12 @@ class Controller:
         """Factor on Ω at step t: λ, faded in over the warm-up."""
         return self.lam * min(1.0, t / max(1, self.o.warmup))
 
-    def update(self, t, loss):
-        """Take in the loss of step t; set ε once after warm-up, from then on move λ."""
+    def update(self, t, loss, settling=False):
+        """Take in the loss of step t; set ε once after warm-up, from then on move λ, unless the gates are fixed."""
         o = self.o
         self.ema = o.beta * self.ema + (1 - o.beta) * loss
         self.smooth = self.ema / (1 - o.beta ** (t + 1))                                    # bias-corrected
-        if t < o.warmup:
+        if t < o.warmup or settling:
             return
         if self.budget is None:
             self.budget = max((1 + o.rho) * self.smooth, o.floor)
@@ -240,6 +240,7 @@ class Progress:
         self.run, self.phase, self.steps, self.start, self.began, self.shown = run, phase, steps, start, time.time(), 0.0
 
     def log(self, t, **values):
+        """Take in the numbers of step t; at most one line a second on the screen."""
         now = time.time()
         data.append_jsonl(self.run / "metrics.jsonl", {"phase": self.phase, "step": t, **values, "seconds": round(now - self.began, 2)})
         if now - self.shown > 1 or t + 1 == self.steps:
@@ -349,7 +350,7 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
             optimizer.step()
         if pruned is None:
             gate_optimizer.step()
-            controller.update(t, loss)                                                      # ema, ε, λ
+        controller.update(t, loss, settling=pruned is not None)                             # ema, ε, λ
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
 

@@ -64,6 +64,8 @@ class Config:
 
         rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
         field = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+        if any(isinstance(v, dict) for v in rope.values()):
+            refuse(field, "differs from layer to layer, which is not implemented")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse(field, "is a rope type other than default and llama3")
@@ -262,6 +264,8 @@ class Llama(nn.Module):
         if trigger is not None:
             n = len(trigger)
             x = torch.cat((trigger.to(x.dtype).expand(B, -1, -1), x), dim=1)                       # (B, n+T, d)
+        if scale is not None and (carrier is None or len(scale) != B):
+            raise InputError(f"scale needs a carrier and one factor for each of the {B} rows")
         positions = torch.arange(x.shape[1], device=x.device)[None]                                # (1, n+T)
         mask = None
         if cache is not None:

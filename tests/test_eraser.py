@@ -225,7 +225,9 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
     evaluate.main()
-    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.strip().split("\n")] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[0] == "What is 2 plus 3 ?" and [line[2:16].strip() for line in lines[1:]] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
+    assert "5" in lines[1]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--dose", "--device", "cpu"])
     evaluate.main()
     lines = capsys.readouterr().out.strip().split("\n")

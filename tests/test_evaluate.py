@@ -111,6 +111,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     rows = data.read_json(out / "fixed-seed0" / "ablation.json")
     assert len(rows) == 19 + 3 and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
+    assert rows["mask-ce"]["kl_sft"] != rows["mask-kl"]["kl_sft"] != rows["lcdd"]["kl_sft"] and rows["sft-long"]["kl_sft"] > 0
     text = (out / "tables.md").read_text()
     assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
