@@ -105,13 +105,19 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
             "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
     lcdd.main(argv)
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
+    train, taught = lcdd.train_lcdd, []                           # mask-ce trains on the data, mask-kl on the SFT model
+
+    def spy(net, carrier, o, teacher, **rest):
+        taught.append((o.train, teacher is not None))
+        return train(net, carrier, o=o, teacher=teacher, **rest)
     monkeypatch.setattr(ablate.eraser, "PRESETS", {"tiny": dict(length=4, steps=3, judge_every=3), "paper": {}})
+    monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
     rows = data.read_json(out / "fixed-seed0" / "ablation.json")
     assert len(rows) == 19 + 3 and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
-    assert rows["mask-ce"]["kl_sft"] != rows["mask-kl"]["kl_sft"] != rows["lcdd"]["kl_sft"] and rows["sft-long"]["kl_sft"] > 0
+    assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
     text = (out / "tables.md").read_text()
     assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns

@@ -1,0 +1,77 @@
+"""bench.py: the baselines are the same model, and its figures arrive. Nothing here is timed."""
+import json
+
+import pytest
+import torch
+
+import bench
+import carrier
+import data
+
+EXACT = 1e-10     # float64, relative: the same mathematics in another order
+CONFIG = bench.Config(61, 48, 80, 2, 4, 2, 12, qk_norm=True)
+
+
+@pytest.mark.parametrize("dense_below", (1 << 60, 0), ids=("dense", "gathered"))
+def test_every_way_takes_the_same_step(monkeypatch, dense_below):
+    monkeypatch.setattr(carrier, "DENSE_BELOW", dense_below)
+    net = bench.random_net(CONFIG, "cpu", torch.float64)
+    c = bench.random_carrier(net, dtype=torch.float64).double()
+    worst = bench.disagreement(net, c, *bench.random_batch(CONFIG, 2, 12, 5, "cpu"))
+    assert set(worst) == {"plain SFT", "literal Eq. 1", "literal Eq. 1, parametrize", "gated activations"}
+    assert max(worst.values()) < EXACT, worst
+
+
+def test_a_wrong_baseline_would_be_noticed(monkeypatch):
+    net = bench.random_net(CONFIG, "cpu", torch.float64)
+    c, batch = bench.random_carrier(net, dtype=torch.float64).double(), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
+    monkeypatch.setattr(bench, "literal", lambda x, base, delta, row, col: bench.F.linear(x, base.weight + row[:, None] * delta * 1.001 * col))
+    assert bench.disagreement(net, c, *batch)["literal Eq. 1"] > 1000 * EXACT
+
+
+def test_plain_sft_trains_the_projections_and_nothing_else():
+    net = bench.random_net(CONFIG, "cpu", torch.float32)
+    sft, _, weights = bench.ways(net, bench.random_carrier(net))["plain SFT"]
+    assert sorted(p.shape for p in sft.parameters() if p.requires_grad) == sorted(p.shape for p in weights)
+    assert len(weights) == 7 * CONFIG.num_hidden_layers and not any(p.requires_grad for p in net.parameters())
+
+
+def test_memory_counts_each_storage_once():
+    """LCDD saves one d_out × d_in matrix a projection, the literal Eq. 1 two, but for q, k, v of layer 0, whose input needs
+    no gradient; all else is the same, gate vectors aside."""
+    net = bench.random_net(CONFIG, "cpu", torch.float32)
+    c, batch = bench.random_carrier(net, 0.2), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
+    ours, literal = (bench.memory(bench.ways(net, c)[name], *batch) for name in ("LCDD", "literal Eq. 1"))
+    masks = sum(p.nbytes for p in c.delta.parameters()) - sum(c.delta[0][name].nbytes for name in ("q_proj", "k_proj", "v_proj"))
+    assert abs(literal - ours - masks) <= c.logits.nbytes
+
+
+def test_deepseek_step_runs(monkeypatch, capsys):
+    """The part that needs a GPU, on a small model with torch.cuda's counters stubbed."""
+    small = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64)
+    s = bench.SETTINGS["quick"]
+    monkeypatch.setattr(bench, "DEEPSEEK", bench.replace(bench.DEEPSEEK, **small))
+    monkeypatch.setattr(bench, "QWEN", s.config)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 75_000_000_000)
+    assert bench.bench_memory(s, "cpu")["deepseek_bytes"] == 75_000_000_000
+    assert "peak 75.0 GB (target ≤ 80)" in capsys.readouterr().out
+
+
+def test_quick_run_ends_in_one_json_line(capsys):
+    bench.main(["--quick", "--seed", "1"])
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    result = json.loads(lines[-1])
+    assert result["quick"] and result["device"] == "cpu" and result["seed"] == 1
+    assert max(result["step"]["disagreement"].values()) < 1e-4
+    assert set(result["step"]["ratio"]["LCDD"]) == {"1.0", "0.5", "0.2", "0.1"}
+    assert result["precision"]["fp32 Δ beside a bf16 base"]["moved"] > 0.99 > 0.5 > result["precision"]["bf16 weights themselves"]["moved"]
+    assert result["batching"]["gradient_differs"] < 1e-3 and result["batching"]["same_answers"] == 1
+    assert set(result["growth"]) == {"tokens", "layers", "width", "density"}
+    assert sum(line.startswith("## ") for line in lines) == 5
+
+
+def test_refuses_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(data.InputError, match="--device cuda: torch sees no GPU here; use --device cpu"):
+        bench.main(["--device", "cuda"])
