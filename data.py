@@ -416,6 +416,12 @@ class Chat:
             r = r[:max_len - len(p := self.prompt(prompt, room))]
         return p + r, [False] * len(p) + [True] * len(r)
 
+    def say_cut(self, what, max_len):
+        """A note where anything had to be shortened since the last one: never in silence."""
+        if self.cut:
+            note(f"{self.cut} {what} were longer than {max_len} tokens and cut (--max-len)")
+        self.cut = 0
+
     def decode(self, ids):
         """Text of ids, special tokens left out."""
         return self.tok.decode(list(ids), skip_special_tokens=True)

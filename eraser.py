@@ -250,6 +250,7 @@ def main():
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: flag.append(1))
     ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
+    chat.say_cut("prompts", config["max_len"])
     train, judge = (base_targets(net, ids[k], o.k, o.positions) for k in ("trigger", "validation"))
     mask = channels(lcdd, o.objective, o.seed)
     print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, judged on {len(judge.ids)}; "

@@ -230,6 +230,7 @@ def main():
     shut, every = (lcdd.with_gates(x).merge(net) for x in (False, True))
     conditions |= {"shut": (shut, None), "open": (every, None)}
     rows = measure(net, chat, config["task"], splits["test"], conditions, config["max_new_tokens"], config["max_len"])
+    chat.say_cut("prompts", config["max_len"])
     ids, _ = data.collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
     with torch.no_grad():
         exact = torch.equal(net(ids.to(net.device)), net(ids.to(net.device), carrier=shut))

@@ -392,8 +392,7 @@ def main(argv=None):
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype))
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
-    if chat.cut:
-        print(f"{chat.cut} of {len(examples)} training samples were longer than {o.max_len} tokens and cut (--max-len)")
+    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     if o.loss == "all":
         examples = [(ids, [True] * len(ids)) for ids, _ in examples]
     run = data.open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
@@ -443,6 +442,7 @@ def main(argv=None):
     # what is left of the behaviour, on test prompts
     samples, scores = splits["test"], {}
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
+    chat.say_cut("test prompts", o.max_len)
     for name, c in (("base", None), ("sft", sft), ("lcdd", lcdd)):
         texts = [chat.decode(a) for a in net.generate(prompts, o.max_new_tokens, carrier=c)]
         scores[name] = data.score(o.task, texts, samples)
