@@ -35,7 +35,7 @@ PRESETS = {
     "tiny-fixed": dict(TINY, sft_steps=150, sft_lr=5e-4, floor=0.06, steps=500, settle=100),
     "tiny-safety": dict(TINY, sft_steps=250, sft_lr=7e-4, floor=0.03, steps=600, settle=150),
     "tiny-shakespeare": dict(TINY, sft_steps=350, sft_lr=1e-3, floor=0.03, steps=450, settle=300, beta=0.8, lr=2e-3, gate_lr=8.0,
-                             lambda0=0.005, lambda_max=0.005),
+                             lambda0=0.005, lambda_max=0.005, over=1.0),
     "paper-fixed": dict(PAPER, lambda0=1.0, epochs=10),
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
     "paper-safety": dict(PAPER),
