@@ -240,6 +240,7 @@ def main():
     chat, splits, _ = data.prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in data.SIZES})
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
+    model.set_threads(net)
     lcdd = carriers.load(run / "carrier.safetensors", net)
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)

@@ -202,6 +202,7 @@ def main():
         raise InputError(f"{source}: changed since the run was trained, so held-out prompts may not be; restore it or train again")
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
+    model.set_threads(net)
     lcdd = carriers.load(run / "carrier.safetensors", net)
     merged, sft = lcdd.merge(net), carriers.load(run / "sft.safetensors", net).merge(net)
     conditions = {"base": (None, None), "sft": (sft, None), "lcdd": (merged, None)}

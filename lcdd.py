@@ -391,6 +391,7 @@ def main(argv=None):
     chat, splits, source = data.prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype))
     net.checkpoint, net.stop = o.checkpoint, chat.stop
+    model.set_threads(net)
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     if o.loss == "all":
