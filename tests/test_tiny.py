@@ -56,7 +56,7 @@ def test_transformers_reads_the_same_model(net, chat, rows):
         assert tokenizer.decode(answer, skip_special_tokens=True) == chat.decode(answer)
 
 
-@pytest.mark.parametrize("task, sizes", [("fixed", (1200, 400, 100, 200)), ("shakespeare", (1200, 400, 100, 200)), ("safety", (1000, 400, 100, 200))])
+@pytest.mark.parametrize("task, sizes", [("fixed", (1200, 400, 100, 200)), ("shakespeare", (3600, 400, 100, 200)), ("safety", (1000, 400, 100, 200))])
 def test_behaviour_file(task, sizes, rows):
     splits = data.split(rows[task], seed=0)
     assert tuple(len(splits[name]) for name in ("train", "trigger", "validation", "test")) == sizes
