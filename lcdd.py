@@ -29,7 +29,7 @@ from data import InputError
 # Table 7, and what the embedded world wants: hundreds of steps instead of thousands, so a faster mask and controller.
 PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3)
 GROW = dict(rho=0.01, eta_grow=0.01)
-TINY = dict(loss="response", micro_batch=32, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
+TINY = dict(loss="response", micro_batch=16, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
             lambda0=0.02, lambda_max=0.02, warmup=60, log_every=5)
 PRESETS = {
     "tiny-fixed": dict(TINY, sft_steps=150, sft_lr=5e-4, floor=0.06, steps=500, settle=100),
