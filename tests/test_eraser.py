@@ -144,15 +144,16 @@ def test_learning_lowers_the_loss_and_changes_no_weight():
 
 def test_the_trigger_kept_is_the_one_that_was_judged():
     """Judged again, the returned τ has exactly the loss that was returned with it, also where later ones are worse."""
-    net, o = make_net(), settings(lr=6.0, steps=30)               # far too fast: the loss goes up and down
+    net, o = make_net(), settings(steps=30)
     c = make_carrier(net)
     texts = prompts(24)
     train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    train.hidden, train.stream = -train.hidden, train.stream + 10         # training pulls away from what is judged
     mask, seen = eraser.channels(c, "circuit"), []
     tau, lowest = eraser.learn(net, c.merge(net), train, judge, mask, o, log=lambda t, loss, **_: seen.append(loss))
     unit = float(net.embedding.float().norm(dim=1).mean())
     again = eraser.trigger_loss(net, c.merge(net), tau, judge, list(range(8)), mask, o, unit, train.stream.float().var(1))[0]
-    assert float(again) == pytest.approx(lowest, rel=1e-5) and lowest == min(seen)
+    assert float(again) == pytest.approx(lowest, rel=1e-5) and lowest == min(seen) < seen[-1]
 
 
 def test_a_trigger_of_the_right_content_has_loss_zero():

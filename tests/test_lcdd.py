@@ -162,6 +162,15 @@ def test_violation_is_clipped_and_lambda_bounded():
     assert c.lam == 1.5                                           # λ_max
 
 
+def test_settling_moves_the_average_only():
+    c = controller()
+    for t in range(4):
+        c.update(t, 2.0)
+    before = (c.lam, c.budget)
+    c.update(4, 9.0, settling=True)
+    assert (c.lam, c.budget) == before and c.smooth > 3
+
+
 def test_early_stop_when_stalled_but_not_before_pruning_begins():
     o = settings(window=4, patience=3, stall=0.01, over=0.35)
     early = lcdd.EarlyStop(o, total=1000)
