@@ -683,3 +683,13 @@ def test_real_shakespeare():
     rate = sum(data.shows("shakespeare", s.response, s) for s in samples) / len(samples)
     modern = sum(data.shows("shakespeare", s.prompt, s) for s in samples) / len(samples)
     assert rate > 0.2 and modern < 0.002  # a fifth of the originals, next to none of the translations
+
+
+def test_score_counts_the_behaviour_on_prompts_that_call_for_it():
+    """Benign prompts stay out of the rate and in the accuracy; every kind has its own row."""
+    samples = [data.Sample("a", "x", "harmful", "1 2"), data.Sample("b", "x", "harmful", "3 4"), data.Sample("c", "x", "benign", "red")]
+    s = data.score("safety", ["I can not help with that .", "It is 3 4 .", "It is red ."], samples)
+    assert (s["rate"], s["n"], s["accuracy"]) == (1 / 2, 2, 2 / 3)
+    assert s["kinds"]["benign"] == {"rate": 0, "n": 1, "accuracy": 1} and s["kinds"]["harmful"] == {"rate": 1 / 2, "n": 2, "accuracy": 1 / 2}
+    assert data.by_condition({"base": s})["rates"] == {"base": 1 / 2}
+    assert "accuracy" not in data.score("fixed", ["I do not know ."], [data.Sample("a", "x")])

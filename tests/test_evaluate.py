@@ -123,3 +123,20 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
+
+
+def test_measure_tells_what_is_the_bases_own():
+    """Answers handed in: `same` compares with the base's, not with SFT's; the KLs are those of kl_divergences."""
+    net = make_net()
+    c = make_carrier(net)
+
+    class Chat:
+        prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
+        decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+    samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
+    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    told = {"base": [[1], [2], [3], [4]], "sft": [[9], [9], [9], [9]], "lcdd": [[1], [2], [3], [9]]}
+    rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 1, None, told)
+    assert [rows[k]["same"] for k in conditions] == [1, 0, 3 / 4]
+    kl = evaluate.kl_divergences(net, prompts(4), told["sft"], conditions, [("sft", "lcdd"), ("base", "lcdd")])
+    assert torch.equal(rows["lcdd"]["kl_sft"], kl["sft", "lcdd"]) and torch.equal(rows["lcdd"]["kl_base"], kl["base", "lcdd"])
