@@ -106,11 +106,17 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     for i in range(0, len(ids), batch_size):
         piece = slice(i, i + batch_size)
         h, s = net(ids[piece].to(net.device), keep=keep[piece].to(net.device), stream=True, head=False)
-        hidden.append(h)
-        stream.append(torch.stack([x[torch.arange(len(x)), last[piece]] for x in s]))    # (L, B, d)
+        hidden.append(h)                                                                 # (N, d)
+        stream.append(at_prompt(s, keep[piece].to(net.device), last[piece].to(net.device)))   # (L, B, d)
     at = F.pad(keep.sum(1).cumsum(0), (1, 0))                                            # (P+1)
     move = lambda *ts: [t.to(net.device) for t in ts]
     return Targets(*move(ids, last, keep), torch.cat(hidden), at.tolist(), torch.cat(stream, dim=1))
+
+
+def at_prompt(streams, keep, last):
+    """The residual stream at the last prompt token, (L, B, d), out of that at all kept positions, L × (N, d)."""
+    rows = (torch.arange(keep.shape[1], device=keep.device) == last[:, None])[keep].nonzero().squeeze(1)   # (B) of N
+    return torch.stack([x[rows] for x in streams])
 
 
 def channels(carrier, objective, seed=0):
@@ -157,7 +163,7 @@ def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=N
     hidden, streams = net(ids[:, :T], carrier=weights, trigger=tau, keep=keep[:, :T], stream=True, head=False)
     mse = hidden.new_zeros(())
     if mask.any():
-        stream = torch.stack([x[torch.arange(len(x)), targets.last[rows]] for x in streams])         # (L, B, d)
+        stream = at_prompt(streams, keep[:, :T], targets.last[rows])                                  # (L, B, d)
         aim = targets.stream if o.match == "mean" else targets.stream[:, rows]
         mse = matching_loss(stream, aim, mask, o.match, variance)
     aim = torch.cat([targets.hidden[targets.at[i]:targets.at[i + 1]] for i in rows])                  # (N, d)

@@ -135,6 +135,11 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def pick(x, rows):
+    """Positions `rows` (N) of x (B, T, …), counted through the batch, as (N, …); None: all of x as it is."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
 class Cache:
     """Keys and values of B right-padded rows, `used` (B) tokens of each real. Made by generate(), filled by forward()."""
 
@@ -169,7 +174,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store):
+    def forward(self, x, linear, cos, sin, store=None, rows=None):
         c, (B, T, _) = self.config, x.shape
         heads = lambda y: y.view(B, T, -1, c.head_dim)
         q, k, v = heads(linear("q_proj", x)), heads(linear("k_proj", x)), heads(linear("v_proj", x))   # (B, T, H or K, h)
@@ -184,7 +189,7 @@ class Attention(nn.Module):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)              # (B, H, S, h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # (B, H, T, h)
-        return linear("o_proj", y.transpose(1, 2).reshape(B, T, -1))                                   # (B, T, d)
+        return linear("o_proj", pick(y.transpose(1, 2).flatten(2), rows))                              # (B, T, d) or (N, d)
 
 
 class MLP(nn.Module):
@@ -195,7 +200,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x, linear):
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))              # (B, T, d)
+        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))              # (B, T, d) or (N, d)
 
 
 class Block(nn.Module):
@@ -205,9 +210,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store=None):
-        x = x + self.self_attn(self.input_layernorm(x), linear, cos, sin, store)                       # (B, T, d)
-        return x + self.mlp(self.post_attention_layernorm(x), linear)                                  # (B, T, d)
+    def forward(self, x, linear, cos, sin, store=None, rows=None):
+        """x (B, T, d) → (B, T, d), or with `rows`, indices into the B·T positions, only those: (N, d)."""
+        x = pick(x, rows) + self.self_attn(self.input_layernorm(x), linear, cos, sin, store, rows)
+        return x + self.mlp(self.post_attention_layernorm(x), linear)
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -255,9 +261,10 @@ class Llama(nn.Module):
         scale    (B,) factors on the carrier's delta, row by row; None is 1
         keep     (B, T) bool: logits at these positions only; None is all
         head     False: hidden states (…, d) instead of logits, for a loss that runs head() piece by piece
-        stream   also return the residual stream after each layer, L tensors (B, T, d)
+        stream   also return the residual stream after each layer, L tensors (B, T, d), or (number kept, d)
         cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
         Returns logits (B, T, V), or (number kept, V); the trigger's own positions are left out of everything returned.
+        The last layer computes what is kept only, beyond its keys and values.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)                       # (B, T, d)
         B, n = len(x), 0
@@ -277,6 +284,8 @@ class Llama(nn.Module):
         cos, sin = rotary(self.config, positions, x.dtype)
 
         linear = self.plain if carrier is None else carrier.bind(self, scale)
+        rows = None if keep is None else F.pad(keep, (n, 0)).flatten().nonzero().squeeze(1)        # (N)
+        seen = lambda y: y if y.dim() == 2 else y[:, n:] if rows is None else pick(y, rows)        # what is returned of y
         streams = []
         for l, layer in enumerate(self.model.layers):
             project = functools.partial(linear, l)
@@ -285,14 +294,14 @@ class Llama(nn.Module):
                 def store(k, v, l=l):
                     every = cache.extend(l, k, v, positions)
                     return (k, v, None) if fresh else (*every, mask)
+            at = rows if l + 1 == len(self.model.layers) and scale is None else None               # a scale needs the batch's rows
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, project, cos, sin, store, use_reentrant=False)
+                x = checkpoint(layer, x, project, cos, sin, store, at, use_reentrant=False)
             else:
-                x = layer(x, project, cos, sin, store)                                             # (B, n+T, d)
+                x = layer(x, project, cos, sin, store, at)                                         # (B, n+T, d), at last (N, d)
             if stream:
-                streams.append(x[:, n:])
-        x = x[:, n:]                                                                               # (B, T, d)
-        x = x if keep is None else x[keep]
+                streams.append(seen(x))
+        x = seen(x)                                                                                # (B, T, d) or (N, d)
         logits = self.head(x) if head else x
         return (logits, streams) if stream else logits
 

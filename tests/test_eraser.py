@@ -165,7 +165,7 @@ def test_a_trigger_of_the_right_content_has_loss_zero():
     targets = eraser.base_targets(net, texts, o.k)
     hidden, stream = net(targets.ids, carrier=weights, trigger=hand, keep=targets.keep, stream=True, head=False)
     targets.hidden = hidden
-    targets.stream = torch.stack([x[torch.arange(len(x)), targets.last] for x in stream])
+    targets.stream = eraser.at_prompt(stream, targets.keep, targets.last)
     mask = eraser.channels(c, "circuit")
     at = lambda tau: float(eraser.trigger_loss(net, weights, tau, targets, list(range(7)), mask, o)[0])
     assert at(hand) < 1e-12 and at(hand + 0.01 * torch.randn_like(hand)) > 1e-8 and at(hand.flip(0)) > 1e-3

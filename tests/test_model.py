@@ -325,9 +325,25 @@ def test_keep_and_head(net, trigger):
     close(net(ids, trigger=trigger, keep=keep), every[keep], SAME)
     hidden = net(ids, trigger=trigger, head=False)
     assert torch.equal(hidden, stream[-1]) and torch.equal(net.head(hidden), every)
-    assert torch.equal(net(ids, trigger=trigger, keep=keep, head=False), hidden[keep])
-    kept, whole = net(ids, trigger=trigger, keep=keep, stream=True)
-    assert kept.shape == (keep.sum(), 97) and all(torch.equal(a, b) for a, b in zip(whole, stream))
+    close(net(ids, trigger=trigger, keep=keep, head=False), hidden[keep], SAME)
+    kept, streams = net(ids, trigger=trigger, keep=keep, stream=True)
+    assert kept.shape == (keep.sum(), 97) and len(streams) == len(stream)
+    for narrow, whole in zip(streams, stream):
+        close(narrow, whole[keep], SAME)
+
+
+def test_the_last_layer_computes_only_what_is_kept(net):
+    ids, keep, rows = some_ids(3, 12), torch.rand(3, 12) < 0.4, []
+    plain = net.plain
+    class Watch:
+        def bind(self, net, scale):
+            return lambda l, name, x: (rows.append((l, name, x.shape[:-1].numel())), plain(l, name, x))[1]
+    net(ids, carrier=Watch(), keep=keep)
+    whole, kept = 3 * 12, int(keep.sum())
+    assert len(rows) == 7 * net.config.num_hidden_layers
+    for l, name, n in rows:
+        narrow = l + 1 == net.config.num_hidden_layers and name in ("o_proj", "gate_proj", "up_proj", "down_proj")
+        assert n == (kept if narrow else whole)
 
 
 def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch):
