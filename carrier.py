@@ -74,7 +74,7 @@ def masked_weight(weight, delta, row, col):
 
 def gated_activations(x, weight, delta, row, col, bias=None, scale=1.0):
     """The same by gating activations, W_b x + r ⊙ Δ(c ⊙ x) (Eq. 9–20). `scale` multiplies the delta's part and may be
-    one number a row of the batch, (B, 1, 1): 0 is the base bit for bit, 1 the carrier."""
+    a number for each token, (…, 1): 0 is the base bit for bit, 1 the carrier."""
     return F.linear(x, weight, bias) + scale * (row * F.linear(x * col, delta.to(x.dtype))).to(x.dtype)
 
 
@@ -185,11 +185,9 @@ class Carrier(nn.Module):
         return found
 
     def bind(self, net, scale=None):
-        """linear(l, name, x) for one forward pass: the gates are built here, once. `scale`: None, or (B,) numbers that
-        multiply the delta row by row of the batch, so that one batch serves the behaviour on and off."""
+        """linear(l, name, x) for one forward pass: the gates are built here, once. `scale`: None, or factors (…, 1) on the
+        delta's part for each token of x (…, d), so that one batch serves the behaviour on and off."""
         gates = self.split(Heaviside.apply(self.logits))
-        if scale is not None:
-            scale = torch.as_tensor(scale, dtype=net.dtype, device=self.logits.device).view(-1, 1, 1)
         large = any(p.numel() >= DENSE_BELOW for p in self.delta[0].values()) and torch.is_grad_enabled() and scale is None
         index = self.open_channels() if large else None
 

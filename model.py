@@ -2,7 +2,8 @@
 SmolLM2, TinyLlama. Loads a Hugging Face directory as it lies: the module tree below *is* the table of tensor names.
 
 Shapes: B batch rows, T tokens, n trigger tokens, d hidden size, H query heads, K key/value heads, h head_dim, f d_ff,
-V vocabulary, S cache length. Rows of different lengths are padded on the right: a causal model never looks there.
+V vocabulary, S cache length. Rows of different lengths are padded on the right: a causal model never looks there. Where it
+is said which positions are wanted, (B, T, …) becomes (N, …), the N tokens that these depend on, M of them wanted.
 """
 import functools
 import math
@@ -135,9 +136,25 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def pick(x, rows):
-    """Positions `rows` (N) of x (B, T, …), counted through the batch, as (N, …); None: all of x as it is."""
-    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
+class Packing:
+    """A padded batch without its padding: every row up to its last position in `keep` (B, T), one after the other.
+    Only attention needs the rows beside each other; all else works token by token."""
+
+    def __init__(self, keep):
+        self.shape, real = keep.shape, keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T)
+        self.tokens = real.flatten().nonzero().squeeze(1)                                          # (N) of B·T
+        self.kept = keep[real].nonzero().squeeze(1)                                                # (M) of N
+        self.full = len(self.tokens) == keep.numel()                                               # nothing is padding
+
+    def pack(self, x):
+        """(B, T, …) → (N, …)"""
+        return x.flatten(0, 1) if self.full else x.flatten(0, 1).index_select(0, self.tokens)
+
+    def spread(self, x):
+        """(N, …) → (B, T, …), zeros elsewhere"""
+        if not self.full:
+            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.tokens, x)
+        return x.unflatten(0, self.shape)
 
 
 class Cache:
@@ -174,12 +191,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store=None, rows=None):
-        c, (B, T, _) = self.config, x.shape
-        heads = lambda y: y.view(B, T, -1, c.head_dim)
-        q, k, v = heads(linear("q_proj", x)), heads(linear("k_proj", x)), heads(linear("v_proj", x))   # (B, T, H or K, h)
+    def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
+        c = self.config
+        q, k, v = (linear(f"{name}_proj", x).unflatten(-1, (-1, c.head_dim)) for name in "qkv")        # (B, T, H or K, h) or (N, …)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if packing is not None:
+            q, k, v = packing.spread(q), packing.spread(k), packing.spread(v)                          # (B, T, H or K, h)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                              # (B, H or K, T, h)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
@@ -188,8 +206,10 @@ class Attention(nn.Module):
         groups = c.num_attention_heads // c.num_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)              # (B, H, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)  # (B, H, T, h)
-        return linear("o_proj", pick(y.transpose(1, 2).flatten(2), rows))                              # (B, T, d) or (N, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)   # (B, H, T, h)
+        y = y.transpose(1, 2).flatten(2)                                                               # (B, T, H·h)
+        y = y if packing is None else packing.pack(y)                                                  # (N, H·h)
+        return linear("o_proj", y if kept is None else y.index_select(0, kept))                        # (B, T, d), (N, d) or (M, d)
 
 
 class MLP(nn.Module):
@@ -200,7 +220,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x, linear):
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))              # (B, T, d) or (N, d)
+        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))              # as x
 
 
 class Block(nn.Module):
@@ -210,9 +230,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store=None, rows=None):
-        """x (B, T, d) → (B, T, d), or with `rows`, indices into the B·T positions, only those: (N, d)."""
-        x = pick(x, rows) + self.self_attn(self.input_layernorm(x), linear, cos, sin, store, rows)
+    def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
+        """x (B, T, d), or (N, d) with a packing, → the same shape; `kept` (M) of N: only those are computed, (M, d)."""
+        attended = self.self_attn(self.input_layernorm(x), linear, cos, sin, store, packing, kept)
+        x = attended + (x if kept is None else x.index_select(0, kept))
         return x + self.mlp(self.post_attention_layernorm(x), linear)
 
 
@@ -264,7 +285,7 @@ class Llama(nn.Module):
         stream   also return the residual stream after each layer, L tensors (B, T, d), or (number kept, d)
         cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
         Returns logits (B, T, V), or (number kept, V); the trigger's own positions are left out of everything returned.
-        The last layer computes what is kept only, beyond its keys and values.
+        With `keep`, padding is not computed, and the last layer computes what is kept only, beyond its keys and values.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)                       # (B, T, d)
         B, n = len(x), 0
@@ -283,10 +304,14 @@ class Llama(nn.Module):
             cache.used = cache.used + (x.shape[1] if lengths is None else n + lengths)
         cos, sin = rotary(self.config, positions, x.dtype)
 
+        packing, kept, streams = None, None, []
+        if scale is not None:
+            scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)[:, None, None].expand(*x.shape[:2], 1)   # (B, n+T, 1)
+        if keep is not None:
+            packing = Packing(F.pad(keep, (n, 0)))
+            x, scale = packing.pack(x), None if scale is None else packing.pack(scale)             # (N, d), (N, 1)
         linear = self.plain if carrier is None else carrier.bind(self, scale)
-        rows = None if keep is None else F.pad(keep, (n, 0)).flatten().nonzero().squeeze(1)        # (N)
-        seen = lambda y: y if y.dim() == 2 else y[:, n:] if rows is None else pick(y, rows)        # what is returned of y
-        streams = []
+        seen = lambda y: y[:, n:] if packing is None else y if kept is not None else y.index_select(0, packing.kept)   # what is returned
         for l, layer in enumerate(self.model.layers):
             project = functools.partial(linear, l)
             store = None
@@ -294,14 +319,15 @@ class Llama(nn.Module):
                 def store(k, v, l=l):
                     every = cache.extend(l, k, v, positions)
                     return (k, v, None) if fresh else (*every, mask)
-            at = rows if l + 1 == len(self.model.layers) and scale is None else None               # a scale needs the batch's rows
+            if packing is not None and scale is None and l + 1 == len(self.model.layers):          # scale: a factor for each of N
+                kept = packing.kept
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, project, cos, sin, store, at, use_reentrant=False)
+                x = checkpoint(layer, x, project, cos, sin, store, packing, kept, use_reentrant=False)
             else:
-                x = layer(x, project, cos, sin, store, at)                                         # (B, n+T, d), at last (N, d)
+                x = layer(x, project, cos, sin, store, packing, kept)                              # (B, n+T, d) or (N, d), then (M, d)
             if stream:
                 streams.append(seen(x))
-        x = seen(x)                                                                                # (B, T, d) or (N, d)
+        x = seen(x)                                                                                # (B, T, d) or (M, d)
         logits = self.head(x) if head else x
         return (logits, streams) if stream else logits
 

@@ -195,7 +195,7 @@ def test_modules(path, name, density):
     right = torch.autograd.grad(y, [x, logits, *(deltas[l][n] for n in names)], into)
     ours = module(x, on_layer(c.bind(net), l))
     same([ours, *torch.autograd.grad(ours, [x, c.logits, *(c.delta[l][n] for n in names)], into)], [y, *right])
-    gated = module(x, on_layer(c.bind(net, scale=[1, 1]), l))                # by gating activations
+    gated = module(x, on_layer(c.bind(net, scale=torch.ones(2, 1, 1)), l))                # by gating activations
     same([gated, *torch.autograd.grad(gated, [x, c.logits, *(c.delta[l][n] for n in names)], into)], [y, *right])
     assert density == 0 or right[1][l].count_nonzero() > 64 and not right[1][0].any()
 
@@ -229,7 +229,7 @@ def test_activation_gates_as_the_paper_writes_them():
     for name, y in (("mlp", ffn), ("attention", attention)):
         module, names = part(net, 0, name)
         right = torch.autograd.grad(y, [x, logits, *(D[n] for n in names)], into, retain_graph=True)
-        for scale in (None, [1, 1]):
+        for scale in (None, torch.ones(2, 1, 1)):
             ours = module(x, on_layer(c.bind(net, scale), 0))
             same([ours, *torch.autograd.grad(ours, [x, c.logits, *(c.delta[0][n] for n in names)], into)], [y, *right])
 

@@ -332,18 +332,19 @@ def test_keep_and_head(net, trigger):
         close(narrow, whole[keep], SAME)
 
 
-def test_the_last_layer_computes_only_what_is_kept(net):
-    ids, keep, rows = some_ids(3, 12), torch.rand(3, 12) < 0.4, []
-    plain = net.plain
+def test_padding_is_not_computed(net):
+    """With `keep`, every row ends at its last kept token, and the last layer goes on with kept tokens only."""
+    ids, keep, rows, plain = some_ids(3, 12), torch.zeros(3, 12, dtype=torch.bool), [], net.plain
+    keep[0, [2, 5]] = keep[1, 11] = True                      # row 2: nothing
+
     class Watch:
         def bind(self, net, scale):
             return lambda l, name, x: (rows.append((l, name, x.shape[:-1].numel())), plain(l, name, x))[1]
-    net(ids, carrier=Watch(), keep=keep)
-    whole, kept = 3 * 12, int(keep.sum())
+    close(net(ids, carrier=Watch(), keep=keep), net(ids)[keep], SAME)
     assert len(rows) == 7 * net.config.num_hidden_layers
     for l, name, n in rows:
         narrow = l + 1 == net.config.num_hidden_layers and name in ("o_proj", "gate_proj", "up_proj", "down_proj")
-        assert n == (kept if narrow else whole)
+        assert n == (3 if narrow else 6 + 12)
 
 
 def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch):
