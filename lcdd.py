@@ -29,12 +29,12 @@ from data import InputError
 # Table 7, and what the embedded world wants: hundreds of steps instead of thousands, so a faster mask and controller.
 PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3)
 GROW = dict(rho=0.01, eta_grow=0.01)
-TINY = dict(loss="response", micro_batch=16, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
+TINY = dict(loss="response", micro_batch=32, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
             lambda0=0.02, lambda_max=0.02, warmup=60, log_every=5)
 PRESETS = {
     "tiny-fixed": dict(TINY, sft_steps=150, sft_lr=5e-4, floor=0.06, steps=500, settle=100),
-    "tiny-safety": dict(TINY, sft_steps=250, sft_lr=7e-4, floor=0.03, steps=600, settle=150),
-    "tiny-shakespeare": dict(TINY, sft_steps=350, sft_lr=1e-3, floor=0.03, steps=450, settle=300, beta=0.8, lr=2e-3, gate_lr=8.0,
+    "tiny-safety": dict(TINY, sft_steps=250, sft_lr=7e-4, floor=0.03, steps=500, settle=100),
+    "tiny-shakespeare": dict(TINY, sft_steps=350, sft_lr=1e-3, floor=0.03, steps=425, settle=300, beta=0.8, lr=2e-3, gate_lr=8.0,
                              lambda0=0.005, lambda_max=0.005, over=1.0),
     "paper-fixed": dict(PAPER, lambda0=1.0, epochs=10),
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
@@ -250,17 +250,19 @@ class Progress:
             print(f"{self.phase} {t + 1}/{self.steps}  {text}  left {left:.0f}s", flush=True)
 
 
-def save_state(path, carrier, optimizer, **metadata):
+def save_state(path, carrier, optimizer, within=None, **metadata):
     """Everything a phase needs to go on: gates, deltas, AdamW's moments, and numbers in the header."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in carrier.state_dict().items()}
+    tensors |= {} if within is None else {"within": within.cpu()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in optimizer.state[p].items()}
     carriers.save_tensors(path, tensors, **metadata)
 
 
 def load_state(path, carrier, optimizer):
-    """Restore what save_state wrote; returns its numbers."""
+    """Restore what save_state wrote; returns its numbers, and `within`."""
     tensors, metadata = carriers.load_tensors(path, "cpu")
+    metadata["within"] = tensors.pop("within", None)
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         moments = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
@@ -311,7 +313,8 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
 
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
-    """Phase 2, Alg. 1: Δ and gates together, then `settle` steps with the gates fixed. Returns why and when it stopped."""
+    """Phase 2, Alg. 1: Δ and gates together, then `settle` steps with the gates fixed. Returns why and when it stopped.
+    Gates alone cannot win back what pruning spends: with Δ frozen the last gates within the budget are kept."""
     joint = o.train == "joint"
     carrier.logits.requires_grad_(True)
     carrier.delta.requires_grad_(joint)
@@ -320,10 +323,10 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     controller, early = Controller(o), EarlyStop(o, carrier.logits.numel())
     steps = o.steps if o.steps is not None else math.ceil(o.epochs * len(examples) / o.batch)
     settle = o.settle if joint else 0                       # with Δ frozen there is nothing that could settle
-    start, pruned, reason = 0, None, "all steps done"       # pruned: the step at which the gates were fixed
+    start, pruned, reason, within = 0, None, "all steps done", None   # pruned: the step at which the gates were fixed
     if state.is_file():
         saved = load_state(state, carrier, optimizer)
-        start, pruned, reason = saved["step"], saved["pruned"], saved["reason"]
+        start, pruned, reason, within = saved["step"], saved["pruned"], saved["reason"], saved["within"]
         vars(controller).update(saved["controller"])
         vars(early).update(saved["early"])
     progress, t = Progress(run, "lcdd", steps + settle, start), start
@@ -331,7 +334,7 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         if pruned is None and t >= steps:
             pruned = t
         if t % o.save_every == 0 or interrupted():
-            save_state(state, carrier, optimizer, phase="lcdd", step=t, pruned=pruned, reason=reason, controller=controller.state(),
+            save_state(state, carrier, optimizer, within, phase="lcdd", step=t, pruned=pruned, reason=reason, controller=controller.state(),
                        early={k: v for k, v in vars(early).items() if k != "o"})
         if interrupted():
             raise Stopped
@@ -359,10 +362,14 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
             stats = carrier.stats()
             progress.log(t - 1, loss=loss, ema=controller.smooth, budget=controller.budget, **{"lambda": controller.lam},
                          sparsity=stats["sparsity"], open=stats["gates"]["open"])
+            if not joint and controller.budget is not None and controller.smooth <= controller.budget:
+                within = carrier.logits.detach().clone()
             stop = early.update(stats["gates"]["open"], loss, controller.reference) if pruned is None else None
             if stop:
                 print(f"lcdd: {stop}", flush=True)
                 reason, pruned = stop, t
+    if within is not None:
+        carrier.logits.data.copy_(within)
     state.unlink(missing_ok=True)
     return {"reason": reason, "steps": t if pruned is None else pruned}
 
