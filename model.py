@@ -94,21 +94,8 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------- the pieces
 
 def wide(x):
-    """x in fp32 at least: where precision decides (norms, softmax over the vocabulary), bf16 is not enough."""
+    """x in fp32 at least: where precision decides (softmax over the vocabulary), bf16 is not enough. nn.RMSNorm does it itself."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-class RMSNorm(nn.Module):
-    """x · weight / rms(x), the mean square in fp32."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        y = wide(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -189,7 +176,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, d_kv, bias=c.qkv_bias)
         self.o_proj = nn.Linear(d_q, d, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps), nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
         c = self.config
@@ -203,10 +190,8 @@ class Attention(nn.Module):
         mask = None
         if store is not None:
             k, v, mask = store(k, v)                                                                   # (B, K, S, h)
-        groups = c.num_attention_heads // c.num_key_value_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)              # (B, H, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)   # (B, H, T, h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
+                                           enable_gqa=c.num_attention_heads > c.num_key_value_heads)   # (B, H, T, h)
         y = y.transpose(1, 2).flatten(2)                                                               # (B, T, H·h)
         y = y if packing is None else packing.pack(y)                                                  # (N, H·h)
         return linear("o_proj", y if kept is None else y.index_select(0, kept))                        # (B, T, d), (N, d) or (M, d)
@@ -227,8 +212,8 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
         """x (B, T, d), or (N, d) with a packing, → the same shape; `kept` (M) of N: only those are computed, (M, d)."""
@@ -248,7 +233,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
+            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.projections = [{name: part._modules[name] for part in (layer.self_attn, layer.mlp) for name in part._modules
