@@ -26,6 +26,7 @@ import model
 from data import InputError
 
 TASKS = ("fixed", "safety", "shakespeare")
+CURVE = {"lcdd": "LCDD", "sft": "plain SFT", "sft-long": "SFT for as many steps as LCDD", "scaled": "SFT's delta scaled to LCDD's loss"}
 METRICS = ("rate", "harmful", "benign", "accuracy", "benign accuracy", "same", "kl_sft", "kl_base", "sparsity")
 # the paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge score 0–5) base / SFT / LCDD / trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
 PAPER = {
@@ -49,7 +50,7 @@ def options(argv=None):
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
     a("--seed", type=int, default=0, help="the first seed (0)")
     a("--out", default="runs/table", help="directory of the runs and of tables.md (runs/table)")
-    a("--lengths", type=int, nargs="*", default=[1, 2, 4, 8], help="trigger lengths of the curve beside the full one (1 2 4 8)")
+    a("--lengths", type=int, nargs="*", default=[1, 2, 4], help="trigger lengths of the curve beside the full one (1 2 4)")
     a("--curve-tasks", nargs="*", default=list(TASKS), help="behaviours that get the length curve (all)")
     a("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core; small matrices gain more so than from threads (all cores)")
     a("--rows", nargs="*", help="only rows whose name holds one of these words, for a quick look")
@@ -162,7 +163,7 @@ def rows_of(o, task):
              "mask-ce circuit", "mask-kl circuit",                                                         # Table 6
              "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"]   # controls
     if task in o.curve_tasks:
-        names += [f"{m} circuit {n}" for n in o.lengths for m in ("lcdd", "sft", "scaled")]
+        names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE]
     return [n for n in names if not o.rows or any(word in n for word in o.rows)]
 
 
@@ -239,9 +240,9 @@ def row_table(seeds, names, paper=False):
 
 
 def curve_table(seeds, lengths, full):
-    """Behaviour rate / accuracy after a trigger of 1 … n tokens, for LCDD, SFT and the scaled dense delta."""
+    """Behaviour rate / accuracy / KL(Base ‖ Trig) after a trigger of 1 … n tokens, for LCDD, SFT and two controls."""
     lines = []
-    for m, label in (("lcdd", "LCDD"), ("sft", "plain SFT"), ("scaled", "SFT's delta scaled to LCDD's loss")):
+    for m, label in CURVE.items():
         names = [f"{m} circuit {n}" for n in lengths] + [f"{m} circuit"]
         lines.append([label] + [f"{cell(seeds, n, 'rate', 100, 1)} / {cell(seeds, n, 'accuracy', 100, 1)} / {cell(seeds, n, 'kl_base')}" for n in names])
     return markdown(["behaviour % / accuracy % / KL(Base‖Trig)"] + [f"{n} token{'s' * (n > 1)}" for n in [*lengths, full]], lines)
