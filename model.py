@@ -51,9 +51,13 @@ class Config:
         family = c.get("model_type")
         if family not in FAMILIES:
             refuse("model_type", f"is not one of {', '.join(FAMILIES)}; only these architectures run here")
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(c.get(field), int) or c[field] < 1:
-                refuse(field, "is not a positive whole number; the file is incomplete")
+        whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in (*whole, *(f for f in ("num_key_value_heads", "head_dim") if c.get(f) is not None)):
+            if type(c.get(field)) is not int or c[field] < 1:
+                refuse(field, "is not a positive whole number; the file is incomplete or damaged")
+        for field, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("rms_norm_eps", (int, float)), ("rope_theta", (int, float)), ("layer_types", list)):
+            if c.get(field) is not None and not isinstance(c[field], kind):
+                refuse(field, "is of the wrong type; the file is damaged")
         if c.get("hidden_act", "silu") not in ("silu", "swish"):
             refuse("hidden_act", "is not silu; other activations are not implemented")
         if c.get("quantization_config"):
@@ -75,6 +79,8 @@ class Config:
         llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if kind == "llama3" and any(k not in rope for k in llama3):
             refuse(field, f"lacks {next(k for k in llama3 if k not in rope)}, which llama3 scaling needs")
+        if bad := [k for k in (*llama3, "rope_theta") if type(rope.get(k, 1.0)) not in (int, float)]:
+            refuse(field, f"has no number for {bad[0]}; the file is damaged")
 
         heads = c["num_attention_heads"]
         qkv, o, norm = FAMILIES[family]

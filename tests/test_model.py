@@ -423,6 +423,13 @@ LINEAR = dict(rope_type="linear", factor=2.0, rope_theta=1e4)
     (dict(num_hidden_layers=0), "num_hidden_layers"),
     (dict(num_attention_heads="4"), "num_attention_heads"),
     (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(num_key_value_heads=0), "num_key_value_heads"),
+    (dict(head_dim="16"), "head_dim"),
+    (dict(rms_norm_eps="small"), "rms_norm_eps"),
+    (dict(rope_parameters="default"), "rope_parameters"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=None)), "rope_theta"),
+    (dict(rope_parameters={**LLAMA3, "factor": "8"}), "factor"),
+    (dict(layer_types="full_attention"), "layer_types"),
     (dict(num_hidden_layers=2), r"model\.layers\.2\."),                      # the file holds more than the config
     (dict(num_hidden_layers=4), r"model\.layers\.3\."),                      # and less
     (dict(vocab_size=98), r"(embed_tokens|lm_head).*\(97, 48\).*\(98, 48\)"),
