@@ -115,7 +115,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
     rows = data.read_json(out / "fixed-seed0" / "ablation.json")
-    assert len(rows) == 19 + 3 and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
+    assert len(rows) == 19 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
     assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
     text = (out / "tables.md").read_text()
