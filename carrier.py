@@ -34,7 +34,7 @@ PROJECTIONS = {
     "down_proj": ("ffn_write",  "ffn_hidden"),
 }
 DENSE_BELOW = 1 << 13   # a Δ with fewer entries than this is not worth gathering open rows and columns for
-LANES = 16              # gathered rows and columns are padded to a multiple of this: matrix units want aligned sizes
+LANES = 8               # gathered rows and columns are padded to a multiple of this: 16 bytes of bf16, what matrix units want
 
 
 def group_sizes(config):
