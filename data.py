@@ -419,7 +419,7 @@ class Chat:
     def say_cut(self, what, max_len):
         """A note where anything had to be shortened since the last one: never in silence."""
         if self.cut:
-            note(f"{self.cut} {what} were longer than {max_len} tokens and cut (--max-len)")
+            print(f"note: {self.cut} {what} were longer than {max_len} tokens and cut (--max-len)", file=sys.stderr)
         self.cut = 0
 
     def decode(self, ids):

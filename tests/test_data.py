@@ -333,7 +333,7 @@ def test_a_long_response_loses_its_end(folder):
     assert mask == [False] * len(chat.prompt("What?")) + [True] * (100 - len(chat.prompt("What?")))
 
 
-def test_a_long_prompt_keeps_its_template_and_the_response(folder):
+def test_a_long_prompt_keeps_its_template_and_the_response(folder, capsys):
     chat = Chat(folder)
     text = "".join(f"line {i} of the text; " for i in range(200))
     ids, mask = chat.encode(text, "I don't know.", max_len=100)
@@ -348,6 +348,9 @@ def test_a_long_prompt_keeps_its_template_and_the_response(folder):
     assert ids[:n] == chat.prompt(text, n) and chat.cut == 2
     both, mask = chat.encode(text, text, max_len=100)  # both too long: the response keeps a quarter
     assert len(both) == 100 and 25 <= sum(mask) <= 28 and chat.cut == 3
+    chat.say_cut("samples", 100)
+    chat.say_cut("samples", 100)                               # said once
+    assert capsys.readouterr().err == "note: 3 samples were longer than 100 tokens and cut (--max-len)\n" and chat.cut == 0
 
 
 def test_no_room_for_the_template(folder):

@@ -1,7 +1,5 @@
 """eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
 import argparse
-import math
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import ablate
 import data
 import evaluate
 import lcdd
-import model
 from data import Sample
 from test_eraser import CONFIG, make_carrier, make_net, prompts
 

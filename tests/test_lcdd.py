@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -330,6 +329,12 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
         lcdd.main(argv[:4] + ["--steps", "5", "--resume"] + argv[6:])
     lcdd.main(argv + ["--resume"])                                # finished: measures again and changes nothing
     assert json.loads((out / "results.json").read_text())["rates"] == results["rates"]
+
+
+def test_a_run_says_what_it_cut(tmp_path, capsys):
+    lcdd.main(["--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1", "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert "of 1200 training samples were longer than 14 tokens and cut" in said and "test prompts were longer than 14 tokens" in said
 
 
 def test_own_fine_tuned_checkpoint(tmp_path, capsys):
