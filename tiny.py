@@ -380,6 +380,7 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
         seen, held = lines(seed)
         write_configuration(folder, seen, hidden, layers)
         chat, net = data.Chat(folder), fresh(folder, seed)
+        model.set_threads(net)
         draw = random.Random(seed).choices
         samples = [chat.encode(line["prompt"], line["response"]) for kind, group in seen.items()
                    for line in draw(group, k=int(3000 * OFTEN.get(kind, 1)))]
