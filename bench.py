@@ -367,7 +367,7 @@ def main(argv=None):
               "torch": torch.__version__, "device": o.device, "quick": o.quick, "seed": o.seed}
     print("# " + ", ".join(f"{k} {v}" for k, v in result.items()))
     if o.memory:
-        print(json.dumps(result | {"memory": bench_memory(SETTINGS["cuda"], o.device)}))
+        print(json.dumps(result | {"memory": bench_memory(SETTINGS["quick" if o.quick else "cuda"], o.device)}))
         return
     result |= {"step": bench_step(s, o.device), "memory": bench_memory(s, o.device)}
     if cuda and not o.quick:

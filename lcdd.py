@@ -314,7 +314,8 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
     """Phase 2, Alg. 1: Δ and gates together, then `settle` steps with the gates fixed. Returns why and when it stopped.
-    Gates alone cannot win back what pruning spends: with Δ frozen the last gates within the budget are kept."""
+    Gates alone cannot win back what pruning spends: with Δ frozen the last ones are kept at which both the loss and its
+    average were within the budget, and `kept` says the step."""
     joint = o.train == "joint"
     carrier.logits.requires_grad_(True)
     carrier.delta.requires_grad_(joint)
@@ -323,10 +324,10 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     controller, early = Controller(o), EarlyStop(o, carrier.logits.numel())
     steps = o.steps if o.steps is not None else math.ceil(o.epochs * len(examples) / o.batch)
     settle = o.settle if joint else 0                       # with Δ frozen there is nothing that could settle
-    start, pruned, reason, within = 0, None, "all steps done", None   # pruned: the step at which the gates were fixed
+    start, pruned, reason, within, kept = 0, None, "all steps done", None, None   # pruned: the step at which the gates were fixed
     if state.is_file():
         saved = load_state(state, carrier, optimizer)
-        start, pruned, reason, within = saved["step"], saved["pruned"], saved["reason"], saved["within"]
+        start, pruned, reason, within, kept = (saved[k] for k in ("step", "pruned", "reason", "within", "kept"))
         vars(controller).update(saved["controller"])
         vars(early).update(saved["early"])
     progress, t = Progress(run, "lcdd", steps + settle, start), start
@@ -334,8 +335,8 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         if pruned is None and t >= steps:
             pruned = t
         if t % o.save_every == 0 or interrupted():
-            save_state(state, carrier, optimizer, within, phase="lcdd", step=t, pruned=pruned, reason=reason, controller=controller.state(),
-                       early={k: v for k, v in vars(early).items() if k != "o"})
+            save_state(state, carrier, optimizer, within, phase="lcdd", step=t, pruned=pruned, reason=reason, kept=kept,
+                       controller=controller.state(), early={k: v for k, v in vars(early).items() if k != "o"})
         if interrupted():
             raise Stopped
         if pruned is not None:
@@ -351,27 +352,30 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         if joint:
             clip_gradients(carrier, o.clip)
             optimizer.step()
+        judged = None if joint else carrier.logits.detach().clone()                         # what `loss` is the loss of
+        limit = controller.budget or math.inf                                               # the step that sets ε is within it
         if pruned is None:
             gate_optimizer.step()
         controller.update(t, loss, settling=pruned is not None)                             # ema, ε, λ
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
+        if not joint and controller.budget is not None and max(loss, controller.smooth) <= limit:
+            within, kept = judged, t
 
         t += 1
         if t % o.log_every == 0 or t == steps + settle:
             stats = carrier.stats()
             progress.log(t - 1, loss=loss, ema=controller.smooth, budget=controller.budget, **{"lambda": controller.lam},
                          sparsity=stats["sparsity"], open=stats["gates"]["open"])
-            if not joint and controller.budget is not None and controller.smooth <= controller.budget:
-                within = carrier.logits.detach().clone()
             stop = early.update(stats["gates"]["open"], loss, controller.reference) if pruned is None else None
             if stop:
                 print(f"lcdd: {stop}", flush=True)
                 reason, pruned = stop, t
     if within is not None:
         carrier.logits.data.copy_(within)
+        print(f"lcdd: the gates of step {kept + 1} are kept, the last within the budget", flush=True)
     state.unlink(missing_ok=True)
-    return {"reason": reason, "steps": t if pruned is None else pruned}
+    return {"reason": reason, "steps": t if pruned is None else pruned} | ({} if kept is None else {"kept": kept + 1})
 
 
 def delta_of(net, folder, o):

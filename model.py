@@ -55,14 +55,17 @@ class Config:
         for field in (*whole, *(f for f in ("num_key_value_heads", "head_dim") if c.get(f) is not None)):
             if type(c.get(field)) is not int or c[field] < 1:
                 refuse(field, "is not a positive whole number; the file is incomplete or damaged")
-        for field, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("rms_norm_eps", (int, float)), ("rope_theta", (int, float)), ("layer_types", list)):
+        for field, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
             if c.get(field) is not None and not isinstance(c[field], kind):
                 refuse(field, "is of the wrong type; the file is damaged")
+        for field in ("rms_norm_eps", "rope_theta"):
+            if type(c.get(field, 1.0)) not in (int, float) or c.get(field, 1.0) <= 0:
+                refuse(field, "is not a positive number; the file is damaged")
         if c.get("hidden_act", "silu") not in ("silu", "swish"):
             refuse("hidden_act", "is not silu; other activations are not implemented")
         if c.get("quantization_config"):
             refuse("quantization_config", "means quantised weights; use the checkpoint in bf16, fp16 or fp32")
-        if set(c.get("layer_types") or ()) - {"full_attention"}:
+        if any(t != "full_attention" for t in c.get("layer_types") or ()):
             refuse("layer_types", "has layers without full attention, which are not implemented")
         if c.get("sliding_window") and (family == "mistral" or c.get("use_sliding_window") and not c.get("layer_types")):
             refuse("sliding_window", "is in use; only full attention is implemented")
@@ -130,11 +133,13 @@ def rotate(x, cos, sin):
 
 
 class Packing:
-    """A padded batch without its padding: every row up to its last position in `keep` (B, T), one after the other.
-    Only attention needs the rows beside each other; all else works token by token."""
+    """A padded batch without its padding: every row up to its last position in `keep` (B, T), and `lengths` (B) tokens at
+    least, one after the other. Only attention needs the rows beside each other; all else works token by token."""
 
-    def __init__(self, keep):
+    def __init__(self, keep, lengths=None):
         self.shape, real = keep.shape, keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T)
+        if lengths is not None:
+            real |= torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
         self.tokens = real.flatten().nonzero().squeeze(1)                                          # (N) of B·T
         self.kept = keep[real].nonzero().squeeze(1)                                                # (M) of N
         self.full = len(self.tokens) == keep.numel()                                               # nothing is padding
@@ -196,8 +201,10 @@ class Attention(nn.Module):
         mask = None
         if store is not None:
             k, v, mask = store(k, v)                                                                   # (B, K, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
-                                           enable_gqa=c.num_attention_heads > c.num_key_value_heads)   # (B, H, T, h)
+        groups = c.num_attention_heads // c.num_key_value_heads
+        if groups > 1 and (mask is not None or q.dtype == torch.float32):                              # of a GPU's kernels only one knows groups
+            k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1   # (B, H, S, h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=groups > 1)
         y = y.transpose(1, 2).flatten(2)                                                               # (B, T, H·h)
         y = y if packing is None else packing.pack(y)                                                  # (N, H·h)
         return linear("o_proj", y if kept is None else y.index_select(0, kept))                        # (B, T, d), (N, d) or (M, d)
@@ -276,7 +283,8 @@ class Llama(nn.Module):
         stream   also return the residual stream after each layer, L tensors (B, T, d), or (number kept, d)
         cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
         Returns logits (B, T, V), or (number kept, V); the trigger's own positions are left out of everything returned.
-        With `keep`, padding is not computed, and the last layer computes what is kept only, beyond its keys and values.
+        With `keep`, nothing after a row's last kept position is computed (with a cache: after its last real token), and
+        without `scale` the last layer computes what is kept only, beyond its keys and values.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)                       # (B, T, d)
         B, n = len(x), 0
@@ -292,14 +300,15 @@ class Llama(nn.Module):
             fresh, cache.longest = cache.longest == 0, cache.longest + x.shape[1]
             if not fresh:
                 mask = torch.arange(cache.longest, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            cache.used = cache.used + (x.shape[1] if lengths is None else n + lengths)
+            fill = torch.full_like(cache.used, x.shape[1]) if lengths is None else n + lengths     # (B)
+            cache.used = cache.used + fill
         cos, sin = rotary(self.config, positions, x.dtype)
 
         packing, kept, streams = None, None, []
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)[:, None, None].expand(*x.shape[:2], 1)   # (B, n+T, 1)
         if keep is not None:
-            packing = Packing(F.pad(keep, (n, 0)))
+            packing = Packing(F.pad(keep, (n, 0)), None if cache is None else fill)
             x, scale = packing.pack(x), None if scale is None else packing.pack(scale)             # (N, d), (N, 1)
         linear = self.plain if carrier is None else carrier.bind(self, scale)
         seen = lambda y: y[:, n:] if packing is None else y if kept is not None else y.index_select(0, packing.kept)   # what is returned

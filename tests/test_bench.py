@@ -55,6 +55,7 @@ def test_memory_of_a_step():
     net = bench.random_net(bench.replace(CONFIG, num_hidden_layers=6), "cpu", torch.float32)
     c, batch = bench.random_carrier(net, 0.2), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
     ours, literal = (bench.memory(bench.ways(net, c)[name], *batch) for name in ("LCDD", "literal Eq. 1"))
+    assert abs(ours - bench.memory(bench.ways(net, c)["LCDD"], *batch)) < 100                      # gradients that lie there count once
     deltas = sum(p.nbytes for p in c.delta.parameters())
     assert ours > 3 * deltas and 0.5 * deltas < literal - ours < 1.5 * deltas
 
@@ -80,6 +81,12 @@ def test_quick_run_ends_in_one_json_line(capsys):
     assert result["batching"]["gradient_differs"] < 1e-3 and result["batching"]["same_answers"] == 1
     assert set(result["growth"]) == {"tokens", "layers", "width", "density"}
     assert sum(line.startswith("## ") for line in lines) == 5
+
+
+def test_memory_alone(capsys):
+    bench.main(["--quick", "--memory"])
+    result = json.loads(capsys.readouterr().out.rstrip().split("\n")[-1])
+    assert result["quick"] and "step" not in result and len(result["memory"]["bytes"]) == 4
 
 
 def test_refuses_a_gpu_that_is_not_there(monkeypatch):

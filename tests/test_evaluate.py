@@ -117,6 +117,9 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
     assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
     text = (out / "tables.md").read_text()
+    for name, label in ablate.CURVE.items():                      # each line of the curve has its own model's numbers
+        assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text and f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
+    assert list(ablate.CURVE.items())[1:3] == [("sft", "plain SFT"), ("sft-long", "SFT for as many steps as LCDD")]
     assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again

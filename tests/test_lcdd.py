@@ -249,29 +249,35 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
         assert torch.equal(run(tmp_path / "b"), whole) and not (tmp_path / "b" / "state.safetensors").exists()
 
 
-def test_gates_alone_end_within_the_budget(tmp_path):
-    """Mask-only keeps the last gates whose average loss was within ε, not those that it stopped at; also when resumed."""
-    over = dict(train="mask-ce", steps=40, log_every=1, gate_lr=30.0, rho=0.1, floor=0.0, eta=0.01, lambda_max=100.0, window=100)
+@pytest.mark.parametrize("log_every", (1, 20))
+def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
+    """Mask-only keeps the last gates at which loss and average were within ε, as they were before that step changed them,
+    whatever is logged, and also when resumed; joint training keeps the last ones."""
+    over = dict(steps=40, gate_lr=30.0, rho=0.3, floor=0.0, eta=0.01, lambda_max=100.0, window=100, settle=0)
 
-    def run(folder, stop_at=None):
+    def run(folder, stop_at=None, **changes):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
         c.delta.load_state_dict(sft.delta.state_dict())
         calls = []
         interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
-        lcdd.train_lcdd(net, c, examples(), settings(**over), folder, 0, interrupted=interrupted)
-        return c
+        info = lcdd.train_lcdd(net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}), folder, 0, interrupted=interrupted)
+        return c, info
     sft = fresh()[1]
     lcdd.train_sft(make_net(), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
     (tmp_path / "metrics.jsonl").unlink()
-    c = run(tmp_path / "a")
+    c, info = run(tmp_path / "a")
     rows = data.read_jsonl(tmp_path / "a" / "metrics.jsonl")
-    good = [r for r in rows if r["budget"] and r["ema"] <= r["budget"]]
-    assert good and good[-1]["step"] < rows[-1]["step"] and good[-1]["open"] > rows[-1]["open"]
-    assert c.stats()["gates"]["open"] == good[-1]["open"]
+    good = [r["step"] for r in rows if r["budget"] and max(r["ema"], r["loss"]) <= r["budget"]]
+    assert good and info["kept"] == good[-1] + 1 < len(rows) and f"gates of step {info['kept']} are kept" in capsys.readouterr().out
+    assert c.stats()["gates"]["open"] == rows[good[-1] - 1]["open"] > rows[-1]["open"]          # the gates before step good[-1]
+    assert torch.equal(run(tmp_path / "c", log_every=log_every)[0].logits, c.logits)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", good[-1]["step"] + 3)
-    assert torch.equal(run(tmp_path / "b").logits, c.logits)
+        run(tmp_path / "b", good[-1] + 3)
+    again, told = run(tmp_path / "b")
+    assert torch.equal(again.logits, c.logits) and told == info
+    joint, told = run(tmp_path / "d", train="joint", lr=0.0)                                     # the same gates, Δ does not move
+    assert "kept" not in told and joint.stats()["gates"]["open"] == rows[-1]["open"]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):

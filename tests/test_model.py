@@ -332,6 +332,20 @@ def test_keep_and_head(net, trigger):
         close(narrow, whole[keep], SAME)
 
 
+def test_keep_leaves_the_cache_whole(net):
+    """Positions after the last kept one are not looked at, but later tokens attend to them."""
+    ids, keep = some_ids(2, 11), torch.zeros(2, 8, dtype=torch.bool)
+    keep[0, 2] = keep[1, 6] = True
+    cache, lengths = model.Cache(net, 2, 11), torch.tensor([8, 7])
+    close(net(ids[:, :8], keep=keep, cache=cache, lengths=lengths), net(ids[:, :8])[keep], SAME)
+    rest = net(torch.stack((ids[0, 8:], ids[1, 7:10])), cache=cache)
+    close(rest[0], net(ids)[0, 8:], SAME)
+    close(rest[1], net(ids)[1, 7:10], SAME)
+    cache = model.Cache(net, 2, 11)
+    net(ids[:, :8], keep=keep, cache=cache)
+    close(net(ids[:, 8:], cache=cache), net(ids)[:, 8:], SAME)
+
+
 def test_padding_is_not_computed(net):
     """With `keep`, every row ends at its last kept token, and the last layer goes on with kept tokens only."""
     ids, keep, rows, plain = some_ids(3, 12), torch.zeros(3, 12, dtype=torch.bool), [], net.plain
@@ -347,17 +361,19 @@ def test_padding_is_not_computed(net):
         assert n == (3 if narrow else 6 + 12)
 
 
-def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch):
+@pytest.mark.parametrize("partly", (False, True))
+def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch, partly):
     net = model.load(checkpoint("biases")[0], dtype=torch.float64).requires_grad_()
     ids, trigger = some_ids(2, 9), torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
-    wanted, calls = [*net.parameters(), trigger], []
+    wanted, calls, keep = [*net.parameters(), trigger], [], torch.arange(18).view(2, 9) % 4 == 1 if partly else None
     forward = model.Block.forward
     monkeypatch.setattr(model.Block, "forward", lambda self, *a: (calls.append(self), forward(self, *a))[1])
 
     def gradients(recompute):
         net.checkpoint = recompute
         calls.clear()
-        logits, stream = net(ids, trigger=trigger, stream=True)
+        logits, stream = net(ids, trigger=trigger, keep=keep, stream=True)
+        assert logits.shape[:-1] == ((5,) if partly else (2, 9)) and all(s.shape[:-1] == logits.shape[:-1] for s in stream)
         loss = logits.logsumexp(-1).sum() + sum(s.pow(2).mean() for s in stream)
         return torch.autograd.grad(loss, wanted), len(calls)
 
@@ -426,6 +442,10 @@ LINEAR = dict(rope_type="linear", factor=2.0, rope_theta=1e4)
     (dict(num_key_value_heads=0), "num_key_value_heads"),
     (dict(head_dim="16"), "head_dim"),
     (dict(rms_norm_eps="small"), "rms_norm_eps"),
+    (dict(rms_norm_eps=None), "rms_norm_eps"),
+    (dict(rms_norm_eps=-1.0), "rms_norm_eps"),
+    (dict(rope_parameters=None, rope_theta=None), "rope_theta"),
+    (dict(layer_types=[{}]), "layer_types"),
     (dict(rope_parameters="default"), "rope_parameters"),
     (dict(rope_parameters=dict(rope_type="default", rope_theta=None)), "rope_theta"),
     (dict(rope_parameters={**LLAMA3, "factor": "8"}), "factor"),
