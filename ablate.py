@@ -87,22 +87,22 @@ class Run:
 
     def __init__(self, folder, o):
         self.folder, self.o, self.device = Path(folder), o, o.device
-        c = self.config = data.read_json(self.folder / "config.json")
-        self.chat, self.splits, _ = data.prepare(c["model"], c["task"], c["data"], c["seed"], {k: c[f"n_{k}"] for k in data.SIZES})
-        self.net = model.load(self.chat.folder, o.device, getattr(torch, c["dtype"]))
-        self.net.stop = self.chat.stop
+        self.config, self.chat, self.splits = data.reopen(self.folder)
+        self.net = model.load(self.chat.folder, o.device, getattr(torch, self.config["dtype"]))
+        self.net.stop, self.net.checkpoint = self.chat.stop, self.config["checkpoint"]
         self.sft, self.lcdd = (carriers.load(self.folder / f"{name}.safetensors", self.net) for name in ("sft", "carrier"))
         self.models = {"base": None, "sft": self.sft.merge(self.net), "lcdd": self.lcdd.merge(self.net)}
         self.carriers, self.targets, self.answers, self.facts = {"sft": self.sft, "lcdd": self.lcdd}, None, {}, {}
 
     def examples(self):
-        return [self.chat.encode(s.prompt, s.response, self.config["max_len"]) for s in self.splits["train"]]
+        return lcdd.supervised([self.chat.encode(s.prompt, s.response, self.config["max_len"]) for s in self.splits["train"]], self.config["loss"])
 
     def model(self, name):
         """Merged weights by name: sft, lcdd, base, scaled, sft-long, mask-ce, mask-kl."""
         if name not in self.models:
             settings = argparse.Namespace(**self.config)
-            training = dict(examples=self.examples(), run=self.folder, pad_id=self.chat.pad_id)
+            training = dict(examples=self.examples(), run=self.folder / "rows" / name, pad_id=self.chat.pad_id)
+            training["run"].mkdir(parents=True, exist_ok=True)       # its own state and metrics: a row is no phase of the run
             other = carriers.Carrier(self.net.config, getattr(torch, settings.delta_dtype), self.net.device)
             other.delta.load_state_dict(self.sft.delta.state_dict())
             if name == "scaled":
@@ -195,6 +195,7 @@ def ablate(folder, o, names):
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         print(f"{run.config['task']} seed {run.config['seed']}  {name:18s} " +
               "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name]) + f"  left {left:.0f}s", flush=True)
+    run.chat.say_cut("prompts", run.config["max_len"])
     return done
 
 
@@ -264,11 +265,13 @@ def report(task, seeds, o, full):
 def main():
     o = options()
     start, out = time.time(), Path(o.out)
-    if o.seeds < 1:
-        raise InputError(f"--seeds {o.seeds}: has to be at least 1")
+    data.check_device(o.device)
+    for name, least in (("seeds", o.seeds), ("jobs", o.jobs), ("lengths", min(o.lengths, default=1))):
+        if least < 1:
+            raise InputError(f"--{name} {least}: has to be at least 1")
     jobs = {}
     if o.run:
-        config = data.read_json(Path(o.run) / "config.json")
+        config = data.reopen(o.run)[0]
         jobs[config["task"]] = [(o.run, None)] + [(f"{o.run}-seed{s}", {**config, "seed": s}) for s in range(config["seed"] + 1, config["seed"] + o.seeds)]
         o.curve_tasks, out = [config["task"]], Path(o.run)
     else:

@@ -359,8 +359,7 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs; its figures mean nothing")
     o = p.parse_args(argv)
     cuda = o.device.startswith("cuda")
-    if cuda and not torch.cuda.is_available():
-        raise data.InputError(f"--device {o.device}: torch sees no GPU here; use --device cpu")
+    data.check_device(o.device)
     s, start = SETTINGS["quick" if o.quick else "cuda" if cuda else "cpu"], time.perf_counter()
     torch.manual_seed(o.seed)
     result = {"machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",

@@ -4,14 +4,17 @@ Text in, ids out: samples and their splits, the chat template, and what counts a
 The lowest floor: nothing of ours is imported here. Shapes: B sequences in a batch, T tokens in a sequence.
 """
 import bisect
+import contextlib
 import csv
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +45,37 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_numbers(o, free=()):
+    """InputError for an option that is no finite number, or under 0 and not named in `free`; --seed ends at 2³¹."""
+    for name, v in vars(o).items():
+        if isinstance(v, (int, float)) and (not math.isfinite(v) or v < 0 and name not in free or name == "seed" and v >= 1 << 31):
+            raise InputError(f"--{name.replace('_', '-')} {v}: has to be a finite number, not below 0" + " and below 2³¹" * (name == "seed"))
+
+
+def check_device(name):
+    """InputError where torch cannot compute on --device `name`."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+        raise InputError(f"--device {name}: choose cpu, cuda or cuda:0, cuda:1, …")
+    if kind == "cuda" and int(index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise InputError(f"--device {name}: torch sees no GPU here; use --device cpu" if not index else f"--device {name}: torch sees no such GPU; use --device cpu")
+
+
+@contextlib.contextmanager
+def patient():
+    """Within it, Ctrl-C and SIGTERM only make the function it yields say True, so that work can stop between two steps."""
+    flag, before = [], {}
+    try:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            before[s] = signal.signal(s, lambda *_: flag.append(1))
+        yield lambda: bool(flag)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if flag:
+        raise KeyboardInterrupt
 
 
 # files of a run directory, and the folder of a model
@@ -129,7 +163,8 @@ def read(path, task):
     path, task, samples, left_out = Path(path or task), task_name(task), [], 0
     for where, row in rows(path):
         def get(name, optional=False):
-            value = row.get(name, "" if optional else None)
+            value = row.get(name)
+            value = "" if optional and value is None else value
             if not isinstance(value, str) or not (optional or value.strip()):
                 wrong = "missing" if value is None else "empty" if isinstance(value, str) else "not text"
                 raise InputError(f"{where}: field {name!r} is {wrong}; put text there or remove the row")
@@ -192,7 +227,9 @@ def rows(path):
             if None in row:  # where csv puts what is too much
                 raise InputError(f"{where}: more columns than the header names; quote the fields")
             yield where, row
-    except json.JSONDecodeError as e:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # bad JSON, numbers of thousands of digits, thousands of brackets
         raise InputError(f"{where}: invalid JSON ({e})") from None
     except csv.Error as e:
         raise InputError(f"{where}: broken quoting here or in the next row ({e})") from None
@@ -267,6 +304,21 @@ def prepare(name, task, path, seed, sizes):
     return chat, split(read(source, task), seed, sizes), source
 
 
+def reopen(run):
+    """
+    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is none, or where its data
+    have changed since, so that held-out prompts may not be held out.
+    """
+    file = Path(run) / "config.json"
+    config = read_json(file) if file.is_file() else None
+    if not isinstance(config, dict) or "data_fingerprint" not in config:
+        raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
+    chat, splits, source = prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in SIZES})
+    if fingerprint(source) != config["data_fingerprint"]:
+        raise InputError(f"{source}: changed since the run was trained, so held-out prompts may not be; restore it or train again")
+    return config, chat, splits
+
+
 def open_run(out, name, resume, config):
     """
     The run directory `out` (default: the first free runs/NAME, runs/NAME-2, …), with config.json in it. With resume an
@@ -284,8 +336,11 @@ def open_run(out, name, resume, config):
             k = changed[0]
             raise InputError(f"{file}: {k} was {old.get(k)!r} and is now {config[k]!r}; resume with the same options, or choose another --out")
     else:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, config)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(file, config)
+        except OSError as e:
+            raise InputError(f"cannot make the run directory {run} ({e}); choose another --out") from None
     return run
 
 

@@ -12,7 +12,6 @@ Shapes: P prompts, B of them in a batch, n trigger tokens, k positions of Eq. 8,
 """
 import argparse
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +51,12 @@ def options(argv=None):
       help="of L_kl: the first k of the base's own answer, or the last k of the prompt (the released code)")
     a("--match", choices=("prompt", "mean"), default="prompt", help="Eq. 7 prompt by prompt, or means over prompts (the released code)")
     a("--raw", action="store_true", help="Eq. 7 as it stands, not divided by the base's variance layer by layer")
-    a("--clip", type=float, default=1.0, help="gradient norm is clipped to this (1.0)")
+    a("--clip", type=float, default=1.0, help="gradient norm is clipped to this (1.0; 0: never)")
     a("--judge-every", type=int, default=25, help="steps between judgements on the validation prompts (25)")
     a("--seed", type=int, default=0, help="seed of the first τ, the batches and the random channels")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     first = p.parse_args(argv)
-    config = data.read_json(Path(first.run) / "config.json")
+    config = data.read_json(Path(first.run) / "config.json") if (Path(first.run) / "config.json").is_file() else {}
     p.set_defaults(preset="tiny" if str(config.get("preset")).startswith("tiny") else "paper")
     p.set_defaults(**PRESETS[p.parse_args(argv).preset])
     o = p.parse_args(argv)
@@ -65,7 +64,16 @@ def options(argv=None):
     for name in ("length", "steps", "batch", "k", "judge_every"):
         if getattr(o, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
+    data.check_numbers(o)
+    data.check_device(o.device)
+    if "/" in o.name or o.name in ("carrier", "sft", "state"):
+        raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
     return o, config
+
+
+def settings_of(o):
+    """The options that make a trigger what it is."""
+    return {k: v for k, v in vars(o).items() if k not in ("run", "resume", "device")}
 
 
 # --------------------------------------------------------------------------------------------------- what τ is pulled to
@@ -199,6 +207,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     everything, best, lowest, start = list(range(len(judge.ids))), tau.detach().clone(), math.inf, 0
     if state is not None and state.is_file():
         saved, numbers = carriers.load_tensors(state, net.device)
+        if changed := [k for k, v in settings_of(o).items() if numbers["settings"].get(k) != v]:
+            raise InputError(f"{state}: {changed[0]} was {numbers['settings'].get(changed[0])!r}; resume with the same options, or without --resume")
         tau.data.copy_(saved["tau"])
         best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
         optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
@@ -216,7 +226,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         if interrupted():
             if t > start:
                 moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
-                carriers.save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t)
+                carriers.save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t,
+                                      settings=settings_of(o))
             raise KeyboardInterrupt
         if t == o.steps:
             break
@@ -225,7 +236,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         loss = trigger_loss(net, weights, tau, train, rows, mask, o, unit, variance)[0]
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([tau], o.clip)
+        if o.clip:
+            torch.nn.utils.clip_grad_norm_([tau], o.clip)
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * t / o.steps))
         optimizer.step()
         project(tau, o.bound * unit)
@@ -241,9 +253,9 @@ def load(path, net):
 
 
 def main():
-    o, config = options()
+    o, _ = options()
     run = Path(o.run)
-    chat, splits, _ = data.prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in data.SIZES})
+    config, chat, splits = data.reopen(run)
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -253,9 +265,6 @@ def main():
     start, state = time.time(), run / f"{o.name}.state"
     if not o.resume:
         state.unlink(missing_ok=True)
-    flag = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: flag.append(1))
     ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
     chat.say_cut("prompts", config["max_len"])
     train, judge = (base_targets(net, ids[k], o.k, o.positions) for k in ("trigger", "validation"))
@@ -267,9 +276,9 @@ def main():
         data.append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
         print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {left:.0f}s", flush=True)
 
-    tau, loss = learn(net, weights, train, judge, mask, o, state, lambda: bool(flag), log)
-    settings = {k: v for k, v in vars(o).items() if k not in ("run", "resume", "device")}
-    carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings)
+    with data.patient() as interrupted:
+        tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
+    carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
     state.unlink(missing_ok=True)
     if o.name == "trigger":
         results = data.read_json(run / "results.json")

@@ -193,13 +193,11 @@ def dose_response(net, chat, config, samples, carrier, doses=(0.0, 0.25, 0.5, 0.
 def main():
     o = options()
     run = Path(o.run)
-    config = data.read_json(run / "config.json")
+    data.check_device(o.device)
+    config, chat, splits = data.reopen(run)
     if o.seed not in (None, config["seed"]):
         raise InputError(f"--seed {o.seed}: this run was split with seed {config['seed']}; another one would test on training prompts")
     start = time.time()
-    chat, splits, source = data.prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in data.SIZES})
-    if data.fingerprint(source) != config["data_fingerprint"]:
-        raise InputError(f"{source}: changed since the run was trained, so held-out prompts may not be; restore it or train again")
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -215,6 +213,7 @@ def main():
 
     if o.ask:
         prompts = [chat.prompt(text, config["max_len"]) for text in o.ask]
+        chat.say_cut("prompts", config["max_len"])
         answers = {name: net.generate(prompts, config["max_new_tokens"], carrier=c, trigger=t) for name, (c, t) in conditions.items()}
         for i, text in enumerate(o.ask):
             print(f"\n{text}")
@@ -225,6 +224,7 @@ def main():
         print("| Δ × | behaviour | accuracy |\n|---|---|---|")
         for dose, s in dose_response(net, chat, config, splits["test"], lcdd).items():
             print(f"| {dose} | {data.show_score(s)} |")
+        chat.say_cut("prompts", config["max_len"])
         return
 
     # the switch: gates shut is the base, gates open is every delta at once

@@ -11,7 +11,6 @@ import argparse
 import functools
 import math
 import platform
-import signal
 import statistics
 import time
 from pathlib import Path
@@ -113,8 +112,10 @@ def options(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     if o.batch % o.micro_batch:
         raise InputError(f"--batch {o.batch} is not a multiple of --micro-batch {o.micro_batch}")
-    if o.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {o.device}: torch sees no GPU here; use --device cpu")
+    data.check_numbers(o, free=("gate_mean",))
+    data.check_device(o.device)
+    if o.beta >= 1 or o.lambda_min > o.lambda_max:
+        raise InputError(f"--beta {o.beta} has to be below 1, and --lambda-min {o.lambda_min} not above --lambda-max {o.lambda_max}")
     return o
 
 
@@ -378,6 +379,11 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     return {"reason": reason, "steps": t if pruned is None else pruned} | ({} if kept is None else {"kept": kept + 1})
 
 
+def supervised(examples, loss):
+    """[(ids, mask)] with the mask of --loss: the response, or all tokens."""
+    return [(ids, [True] * len(ids)) for ids, _ in examples] if loss == "all" else examples
+
+
 def delta_of(net, folder, o):
     """Δ = W_sft − W_b of the user's own checkpoint as a carrier, and what it changed elsewhere: {tensor: relative norm}."""
     tuned = model.load(folder, o.device, torch.float32)
@@ -405,18 +411,15 @@ def main(argv=None):
     model.set_threads(net)
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
-    if o.loss == "all":
-        examples = [(ids, [True] * len(ids)) for ids, _ in examples]
+    examples = supervised(examples, o.loss)
+    tuned = delta_of(net, data.locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
     run = data.open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume")}, "model": str(o.model), "data": str(source),
         "data_fingerprint": data.fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")
     torch.manual_seed(o.seed)
-    flag = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: flag.append(1))
-    train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id, interrupted=lambda: bool(flag))
+    train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
     results = data.read_json(run / "results.json") if (run / "results.json").is_file() else {}
     results |= {"task": o.task, "model": o.model, "seed": o.seed}
     seconds = results.setdefault("seconds", {})
@@ -426,7 +429,7 @@ def main(argv=None):
     if sft_file.is_file():
         sft = carriers.load(sft_file, net)
     elif o.sft:
-        sft, elsewhere = delta_of(net, data.locate(o.sft), o)
+        sft, elsewhere = tuned
         if elsewhere:
             worst = max(elsewhere, key=elsewhere.get)
             print(f"note: {o.sft} also changed {len(elsewhere)} tensors outside the projections, most {worst} (by {elsewhere[worst]:.2%} "
@@ -434,7 +437,8 @@ def main(argv=None):
         results["changed_elsewhere"] = elsewhere
     else:
         sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
-        train_sft(net, sft, **train)
+        with data.patient() as interrupted:
+            train_sft(net, sft, **train, interrupted=interrupted)
     if not sft_file.is_file():
         sft.save(sft_file, net, phase="sft")
         seconds["sft"] = round(time.time() - start, 2)
@@ -445,7 +449,8 @@ def main(argv=None):
     if not carrier_file.is_file():
         lcdd = Carrier(net.config, getattr(torch, o.delta_dtype), net.device).init_gates(o.gate_mean, o.gate_std, o.seed)
         lcdd.delta.load_state_dict(sft.delta.state_dict())
-        results["stopped"] = train_lcdd(net, lcdd, teacher=sft.merge(net) if o.train == "mask-kl" else None, **train)
+        with data.patient() as interrupted:
+            results["stopped"] = train_lcdd(net, lcdd, teacher=sft.merge(net) if o.train == "mask-kl" else None, **train, interrupted=interrupted)
         lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
         seconds["lcdd"] = round(time.time() - start, 2)
     lcdd = carriers.load(carrier_file, net)

@@ -696,3 +696,39 @@ def test_score_counts_the_behaviour_on_prompts_that_call_for_it():
     assert s["kinds"]["benign"] == {"rate": 0, "n": 1, "accuracy": 1} and s["kinds"]["harmful"] == {"rate": 1 / 2, "n": 2, "accuracy": 1 / 2}
     assert data.by_condition({"base": s})["rates"] == {"base": 1 / 2}
     assert "accuracy" not in data.score("fixed", ["I do not know ."], [data.Sample("a", "x")])
+
+
+def test_options_that_are_no_use():
+    import argparse
+    data.check_numbers(argparse.Namespace(lr=0.0, mean=-1.5, name="x", flag=True, none=None, seed=7), free=("mean",))
+    for wrong in (dict(lr=-1.0), dict(lr=float("nan")), dict(steps=-3), dict(seed=1 << 31), dict(rho=float("inf"))):
+        with pytest.raises(InputError, match=f"--{next(iter(wrong))} "):
+            data.check_numbers(argparse.Namespace(**wrong))
+    data.check_device("cpu")
+    for name in ("tpu", "cuda:x", "cuda:99"):
+        with pytest.raises(InputError, match=f"--device {name}"):
+            data.check_device(name)
+
+
+def test_patience_ends_with_the_work():
+    import os
+    import signal
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        with data.patient() as interrupted:
+            assert not interrupted()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupted()                                # and the step in progress was not torn
+    assert signal.getsignal(signal.SIGTERM) is before
+    with data.patient() as interrupted:
+        pass
+
+
+def test_odd_json(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "a", "response": "b", "answer": null}\n')
+    assert data.read(file, str(file))[0].answer == ""
+    for odd in ("[" * 100_000, '{"prompt": ' + "9" * 5000 + "}"):
+        file.write_text(odd)
+        with pytest.raises(InputError, match="own.jsonl"):
+            data.read(file, str(file))

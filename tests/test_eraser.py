@@ -1,5 +1,6 @@
 """eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import model
 from carrier import Carrier
 from data import InputError
 
+ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 
 
@@ -234,8 +236,13 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
 
 
 def test_bad_input(run, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="config.json"):
-        eraser.options(["--run", str(tmp_path)])
+    for folder in (tmp_path, ROOT / "tiny"):                      # nothing there, and a model instead of a run
+        with pytest.raises(InputError, match="is not a run directory"):
+            data.reopen(folder)
+    for argv, said in ((["--name", "carrier"], "--name carrier"), (["--name", "../x"], "--name"), (["--alpha", "nan"], "--alpha nan"),
+                       (["--lr", "-1"], "--lr -1"), (["--device", "tpu"], "--device tpu")):
+        with pytest.raises(InputError, match=said):
+            eraser.options(["--run", str(run), *argv])
     with pytest.raises(InputError, match="--length 0"):
         eraser.options(["--run", str(run), "--length", "0"])
     carriers.save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
@@ -244,3 +251,14 @@ def test_bad_input(run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5"])
     with pytest.raises(InputError, match="--seed 5"):
         evaluate.main()
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path):
+    net, state = make_net(), tmp_path / "t.state"
+    c = make_carrier(net)
+    targets, mask, calls = eraser.base_targets(net, prompts(), 4), eraser.channels(c, "circuit"), []
+    with pytest.raises(KeyboardInterrupt):
+        eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state, lambda: (calls.append(1), len(calls) > 3)[1])
+    with pytest.raises(InputError, match="alpha was 0.7; resume with the same options"):
+        eraser.learn(net, c.merge(net), targets, targets, mask, settings(alpha=2.0), state)
+    eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state)

@@ -102,6 +102,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     argv = ["--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
             "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
     lcdd.main(argv)
+    logged = len(data.read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
     train, taught = lcdd.train_lcdd, []                           # mask-ce trains on the data, mask-kl on the SFT model
 
@@ -121,6 +122,8 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
         assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text and f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
     assert list(ablate.CURVE.items())[1:3] == [("sft", "plain SFT"), ("sft-long", "SFT for as many steps as LCDD")]
     assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
+    phases = [r["phase"] for r in data.read_jsonl(out / "fixed-seed0" / "metrics.jsonl")]
+    assert len(phases) == logged and (out / "fixed-seed0" / "rows" / "mask-ce" / "metrics.jsonl").is_file()   # a row is no phase of the run
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
