@@ -278,6 +278,8 @@ def main():
         for task in o.task or TASKS:
             jobs[task] = [(str(out / f"{task}-seed{s}"), {"task": task, "seed": s}) for s in range(o.seed, o.seed + o.seeds)]
     todo = [(folder, settings, o, rows_of(o, task)) for task, runs in jobs.items() for folder, settings in runs]
+    if not all(names for *_, names in todo):
+        raise InputError(f"--rows {' '.join(o.rows)}: no row has such a name; see the tables of a whole run")
     if min(o.jobs, len(todo)) > 1 and not o.device.startswith("cuda"):
         with ProcessPoolExecutor(o.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             done = iter(list(pool.map(work, *zip(*todo))))

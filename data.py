@@ -168,6 +168,8 @@ def read(path, task):
             if not isinstance(value, str) or not (optional or value.strip()):
                 wrong = "missing" if value is None else "empty" if isinstance(value, str) else "not text"
                 raise InputError(f"{where}: field {name!r} is {wrong}; put text there or remove the row")
+            if re.search("[\ud800-\udfff]", value):
+                raise InputError(f"{where}: field {name!r} holds half of a surrogate pair, which is no text; mend or remove the row")
             return value
 
         fields = row.keys()

@@ -12,6 +12,7 @@ import functools
 import math
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +105,10 @@ def options(argv=None):
         first.preset = f"tiny-{first.task}"
     p.set_defaults(**PRESETS.get(first.preset, {}))
     o = p.parse_args(argv)
+    given = {a.split("=")[0] for a in (sys.argv[1:] if argv is None else argv)}
+    for name in ("steps", "sft_steps"):                     # epochs given by hand win over a preset's steps
+        if f"--{name.replace('_', '-').replace('steps', 'epochs')}" in given and f"--{name.replace('_', '-')}" not in given:
+            setattr(o, name, None)
     o.preset, o.model = first.preset, first.model or str(Path(__file__).parent / "tiny")
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")

@@ -728,7 +728,7 @@ def test_odd_json(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "a", "response": "b", "answer": null}\n')
     assert data.read(file, str(file))[0].answer == ""
-    for odd in ("[" * 100_000, '{"prompt": ' + "9" * 5000 + "}"):
+    for odd in ('{"prompt": "a \\ud800", "response": "b"}', "[" * 100_000, '{"prompt": ' + "9" * 5000 + "}"):
         file.write_text(odd)
         with pytest.raises(InputError, match="own.jsonl"):
             data.read(file, str(file))

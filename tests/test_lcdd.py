@@ -337,6 +337,13 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text())["rates"] == results["rates"]
 
 
+def test_epochs_by_hand_win_over_a_presets_steps():
+    o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
+    assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
+    o = lcdd.options(["--epochs", "2", "--steps", "7"])
+    assert (o.steps, o.sft_steps) == (7, lcdd.PRESETS["tiny-fixed"]["sft_steps"])
+
+
 def test_a_run_says_what_it_cut(tmp_path, capsys):
     lcdd.main(["--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1", "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"])
     said = capsys.readouterr().err
