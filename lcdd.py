@@ -355,18 +355,16 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         guard(loss, "lcdd", t, state)
         if pruned is None:
             (controller.weight(t) * penalty(carrier.logits)).backward()                     # + λ·min(1, t/T_w)·Ω(m), once a step
+        controller.update(t, loss, settling=pruned is not None)                             # ema, ε, λ
+        if not joint and controller.budget is not None and (within is None or max(loss, controller.smooth) <= controller.budget):
+            within, kept = carrier.logits.detach().clone(), t                               # the gates that `loss` is the loss of
         if joint:
             clip_gradients(carrier, o.clip)
             optimizer.step()
-        judged = None if joint else carrier.logits.detach().clone()                         # what `loss` is the loss of
-        limit = controller.budget or math.inf                                               # the step that sets ε is within it
         if pruned is None:
             gate_optimizer.step()
-        controller.update(t, loss, settling=pruned is not None)                             # ema, ε, λ
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
-        if not joint and controller.budget is not None and max(loss, controller.smooth) <= limit:
-            within, kept = judged, t
 
         t += 1
         if t % o.log_every == 0 or t == steps + settle:
