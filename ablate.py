@@ -127,7 +127,7 @@ class Run:
     def trigger(self, name, objective, length):
         """τ for a model; plain SFT, the scaled delta and SFT continued take the LCDD carrier's channels."""
         argv = ["--run", str(self.folder), "--objective", objective, "--seed", str(self.config["seed"]), "--device", self.device]
-        o, _ = eraser.options(argv + (["--length", str(length)] if length else []))
+        o = eraser.options(argv + (["--length", str(length)] if length else []))
         if self.targets is None:
             prompts = {k: [self.chat.prompt(s.prompt, self.config["max_len"]) for s in self.splits[k]] for k in ("trigger", "validation")}
             self.targets = [eraser.base_targets(self.net, prompts[k], o.k, o.positions) for k in ("trigger", "validation")]
@@ -174,7 +174,7 @@ def ablate(folder, o, names):
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
-    length = eraser.options(["--run", str(folder)])[0].length
+    length = eraser.options(["--run", str(folder)]).length
     triggers = {}
     for k, name in enumerate(names):
         if name in done:
@@ -286,7 +286,7 @@ def main():
     else:
         done = iter([work(*job) for job in todo])
     everything = {task: [next(done) for _ in runs] for task, runs in jobs.items()}
-    parts = [report(task, everything[task], o, eraser.options(["--run", runs[0][0]])[0].length) for task, runs in jobs.items()]
+    parts = [report(task, everything[task], o, eraser.options(["--run", runs[0][0]]).length) for task, runs in jobs.items()]
     device = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     parts.append(f"{o.seeds} seed{'s' * (o.seeds > 1)}, mean ± std, {o.split} prompts; {device}, torch {torch.__version__}, {(time.time() - start) / 60:.1f} minutes for what was not there yet.")
     out.mkdir(parents=True, exist_ok=True)

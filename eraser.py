@@ -68,7 +68,7 @@ def options(argv=None):
     data.check_device(o.device)
     if "/" in o.name or o.name in ("carrier", "sft", "state"):
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
-    return o, config
+    return o
 
 
 def settings_of(o):
@@ -253,7 +253,7 @@ def load(path, net):
 
 
 def main():
-    o, _ = options()
+    o = options()
     run = Path(o.run)
     config, chat, splits = data.reopen(run)
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
