@@ -12,7 +12,6 @@ import functools
 import math
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -72,12 +71,12 @@ def options(argv=None):
     a("--micro-batch", type=int, default=8, help="samples a forward pass; changes memory, not the result (8)")
     a("--loss", choices=("response", "all"), default="response", help="tokens in the loss; the paper presets use all")
     a("--clip", type=float, default=1.0, help="gradient norm of the deltas is clipped to this (1.0; 0: never)")
-    a("--sft-epochs", type=float, default=3, help="phase 1 (3)")
+    a("--sft-epochs", type=float, help="phase 1 (3)")
     a("--sft-steps", type=int, help="phase 1 in optimizer steps, instead of epochs")
     a("--sft-lr", type=float, default=2e-5, help="AdamW, falling linearly to 0 (2e-5)")
     a = functools.partial(p.add_argument_group("LCDD").add_argument)
     a("--train", choices=("joint", "mask-ce", "mask-kl"), default="joint", help="mask-*: gates only, Δ frozen (App. E)")
-    a("--epochs", type=float, default=20, help="phase 2 (20)")
+    a("--epochs", type=float, help="phase 2 (20)")
     a("--steps", type=int, help="phase 2 in optimizer steps, instead of epochs")
     a("--settle", type=int, default=0, help="further steps with the gates fixed and the lr falling to 0 (0)")
     a("--lr", type=float, default=2e-5, help="AdamW on the deltas (2e-5)")
@@ -105,10 +104,11 @@ def options(argv=None):
         first.preset = f"tiny-{first.task}"
     p.set_defaults(**PRESETS.get(first.preset, {}))
     o = p.parse_args(argv)
-    given = {a.split("=")[0] for a in (sys.argv[1:] if argv is None else argv)}
-    for name in ("steps", "sft_steps"):                     # epochs given by hand win over a preset's steps
-        if f"--{name.replace('_', '-').replace('steps', 'epochs')}" in given and f"--{name.replace('_', '-')}" not in given:
-            setattr(o, name, None)
+    for epochs, steps, usual in (("epochs", "steps", 20), ("sft_epochs", "sft_steps", 3)):
+        if getattr(first, epochs) is not None and getattr(first, steps) is None:
+            setattr(o, steps, None)                         # epochs given by hand win over a preset's steps
+        elif getattr(o, epochs) is None:
+            setattr(o, epochs, usual)
     o.preset, o.model = first.preset, first.model or str(Path(__file__).parent / "tiny")
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")

@@ -340,6 +340,10 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
 def test_epochs_by_hand_win_over_a_presets_steps():
     o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
     assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
+    o = lcdd.options(["--epoch", "20"])                           # argparse takes a beginning of the name, and 20 is the usual number
+    assert (o.steps, o.epochs, o.sft_epochs) == (None, 20, 3) and o.sft_steps == lcdd.PRESETS["tiny-fixed"]["sft_steps"]
+    o = lcdd.options(["--model", "x", "--preset", "paper-fixed"])
+    assert (o.epochs, o.sft_epochs, o.steps) == (10, 3, None) and lcdd.options(["--model", "x"]).epochs == 20
     o = lcdd.options(["--epochs", "2", "--steps", "7"])
     assert (o.steps, o.sft_steps) == (7, lcdd.PRESETS["tiny-fixed"]["sft_steps"])
 
