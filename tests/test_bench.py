@@ -56,6 +56,8 @@ def test_memory_of_a_step():
     c, batch = bench.random_carrier(net, 0.2), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
     ours, literal = (bench.memory(bench.ways(net, c)[name], *batch) for name in ("LCDD", "literal Eq. 1"))
     assert abs(ours - bench.memory(bench.ways(net, c)["LCDD"], *batch)) < 100                      # gradients that lie there count once
+    wide = bench.random_net(bench.replace(CONFIG, vocab_size=20_000, tie_word_embeddings=True), "cpu", torch.float32)
+    assert bench.memory(bench.ways(wide, bench.random_carrier(wide))["LCDD"], *batch) < 2 * wide.embedding.nbytes      # a weight counts once
     deltas = sum(p.nbytes for p in c.delta.parameters())
     assert ours > 3 * deltas and 0.5 * deltas < literal - ours < 1.5 * deltas
 

@@ -1,5 +1,6 @@
 """eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,9 @@ def test_bad_input(run, tmp_path, monkeypatch):
     for folder in (tmp_path, ROOT / "tiny"):                      # nothing there, and a model instead of a run
         with pytest.raises(InputError, match="is not a run directory"):
             data.reopen(folder)
+    (tmp_path / "config.json").write_text(json.dumps({**data.read_json(run / "config.json"), "data_fingerprint": "another"}))
+    with pytest.raises(InputError, match="changed since the run was trained"):
+        data.reopen(tmp_path)
     for argv, said in ((["--name", "carrier"], "--name carrier"), (["--name", "../x"], "--name"), (["--alpha", "nan"], "--alpha nan"),
                        (["--lr", "-1"], "--lr -1"), (["--device", "tpu"], "--device tpu")):
         with pytest.raises(InputError, match=said):
@@ -262,3 +266,11 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     with pytest.raises(InputError, match="alpha was 0.7; resume with the same options"):
         eraser.learn(net, c.merge(net), targets, targets, mask, settings(alpha=2.0), state)
     eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state)
+
+
+def test_clip_0_is_no_clip():
+    net = make_net()
+    c = make_carrier(net)
+    targets, mask = eraser.base_targets(net, prompts(), 4), eraser.channels(c, "circuit")
+    free, huge, none = (eraser.learn(net, c.merge(net), targets, targets, mask, settings(clip=clip, steps=10)) for clip in (0.0, 1e9, 1e-30))
+    assert torch.equal(free[0], huge[0]) and free[1] < none[1]

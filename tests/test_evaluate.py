@@ -117,6 +117,10 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     assert len(rows) == 19 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
     assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
+    whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
+    assert not all(all(mask) for _, mask in whole.examples())
+    whole.config["loss"] = "all"                                  # rows are trained on what the run was trained on
+    assert all(all(mask) for _, mask in whole.examples())
     text = (out / "tables.md").read_text()
     for name, label in ablate.CURVE.items():                      # each line of the curve has its own model's numbers
         assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text and f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
