@@ -238,6 +238,8 @@ def main():
     results = data.read_json(run / "results.json") | lcdd.stats() | results_of(rows, splits["test"]) | {"shut_is_base": exact}
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"])
+    text += ("\n\nBehaviour: answers that show what SFT taught. Accuracy: answers that hold the right one. Base's answer: the base's own, to the last token.\n"
+             "KL: nats a token on SFT's answers. Gates shut is Δ off, gates open all of LCDD's Δ at once.")
     text += (f"\n\n{len(splits['test'])} held-out prompts, 95 % confidence intervals in brackets; gates off {results['sparsity']:.3f}, entries of Δ off "
              f"{results['entries_off']:.3f}; gates shut is the base bit for bit: {'yes' if exact else 'NO'}; seconds: "
              + ", ".join(f"{k} {v:.0f}" for k, v in results["seconds"].items()))
