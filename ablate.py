@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -82,6 +83,14 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
     return sft.merge(net, high), high
 
 
+def trigger_options(folder, device):
+    """What eraser.py was given for the run's own trigger; without one, its preset."""
+    o, file = eraser.options(["--run", str(folder), "--device", device]), Path(folder) / "trigger.safetensors"
+    header = carriers.load_tensors(file)[1] if file.is_file() else {}
+    vars(o).update({k: header[k] for k in eraser.settings_of(o) if k in header})
+    return o
+
+
 class Run:
     """One trained run directory with everything that its rows need; models are made when a row first asks."""
 
@@ -126,12 +135,14 @@ class Run:
 
     def trigger(self, name, objective, length):
         """τ for a model; plain SFT, the scaled delta and SFT continued take the LCDD carrier's channels."""
-        argv = ["--run", str(self.folder), "--objective", objective, "--seed", str(self.config["seed"]), "--device", self.device]
-        o = eraser.options(argv + (["--length", str(length)] if length else []))
+        o = trigger_options(self.folder, self.device)
+        o.seed, o.objective, o.length = self.config["seed"], objective, length or o.length
+        if objective == "slow":                                        # two tokens that learn at a tenth of the rate
+            o.objective, o.length, o.lr = "circuit", 2, o.lr / 10
         if self.targets is None:
             prompts = {k: [self.chat.prompt(s.prompt, self.config["max_len"]) for s in self.splits[k]] for k in ("trigger", "validation")}
             self.targets = [eraser.base_targets(self.net, prompts[k], o.k, o.positions) for k in ("trigger", "validation")]
-        mask = eraser.channels(self.carriers.get(name if name != "sft" else "lcdd", self.lcdd), objective, o.seed)
+        mask = eraser.channels(self.carriers.get(name if name != "sft" else "lcdd", self.lcdd), o.objective, o.seed)
         weights = self.model(name)
         return eraser.learn(self.net, weights, *self.targets, mask, o)[0]
 
@@ -161,7 +172,8 @@ def rows_of(o, task):
     names = ["base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl",                            # no trigger
              "lcdd circuit", "lcdd output", "sft circuit", "sft output",                                   # Table 4
              "mask-ce circuit", "mask-kl circuit",                                                         # Table 6
-             "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"]   # controls
+             "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit",   # controls
+             "lcdd slow", "sft slow"]
     if task in o.curve_tasks:
         names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE]
     return [n for n in names if not o.rows or any(word in n for word in o.rows)]
@@ -174,7 +186,7 @@ def ablate(folder, o, names):
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
-    length = eraser.options(["--run", str(folder)]).length
+    length = trigger_options(folder, o.device).length
     triggers = {}
     for k, name in enumerate(names):
         if name in done:
@@ -256,7 +268,8 @@ def report(task, seeds, o, full):
              "The switch and the models without a trigger:", row_table(seeds, ["base", "sft", "lcdd", "sft-long", "scaled"]),
              "Table 4, structure against trigger design:", row_table(seeds, kinds, paper=task == "safety"),
              "Table 6, gates only:", row_table(seeds, ["lcdd", "mask-ce", "mask-kl", "lcdd circuit", "mask-ce circuit", "mask-kl circuit"], paper=task == "safety"),
-             "Controls:", row_table(seeds, ["lcdd circuit", "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"])]
+             "Controls:", row_table(seeds, ["lcdd circuit", "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit",
+                                            "lcdd slow", "sft slow"])]
     if task in o.curve_tasks and o.lengths:
         parts += ["The trigger's length:", curve_table(seeds, o.lengths, full)]
     return "\n\n".join(parts)
@@ -282,17 +295,33 @@ def main():
         raise InputError(f"--rows {' '.join(o.rows)}: no row has such a name; see the tables of a whole run")
     if min(o.jobs, len(todo)) > 1 and not o.device.startswith("cuda"):
         with ProcessPoolExecutor(o.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            done = iter(list(pool.map(work, *zip(*todo))))
+            try:
+                done = iter(list(pool.map(work_alone, *zip(*todo[::-1])))[::-1])        # the longest first: nobody waits for it at the end
+            except (KeyboardInterrupt, BrokenProcessPool) as stopped:
+                for process in multiprocessing.active_children():
+                    process.terminate()                                                 # training saves its state at SIGTERM
+                if isinstance(stopped, KeyboardInterrupt):
+                    raise
+                raise InputError("a run's process was killed, perhaps for want of memory; the same command goes on from here, with --jobs 1 for less of it") from None
     else:
         done = iter([work(*job) for job in todo])
     everything = {task: [next(done) for _ in runs] for task, runs in jobs.items()}
-    parts = [report(task, everything[task], o, eraser.options(["--run", runs[0][0]]).length) for task, runs in jobs.items()]
+    parts = [report(task, everything[task], o, trigger_options(runs[0][0], o.device).length) for task, runs in jobs.items()]
     device = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     parts.append(f"{o.seeds} seed{'s' * (o.seeds > 1)}, mean ± std, {o.split} prompts; {device}, torch {torch.__version__}, {(time.time() - start) / 60:.1f} minutes for what was not there yet.")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    data.write_json(out / "tables.json", everything)
+    name = "tables" if o.split == "test" else f"tables-{o.split}"
+    (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    data.write_json(out / f"{name}.json", everything)
     print("\n" + "\n\n".join(parts))
+
+
+def work_alone(*job):
+    """work() in a process of its own, which an interruption ends: the next run in the queue is not begun."""
+    try:
+        return work(*job)
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def work(folder, settings, o, names):

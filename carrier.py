@@ -90,7 +90,8 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, delta, row, col, bias, index):
-        merged = torch.addcmul(weight, delta * row[:, None], col).to(weight.dtype)            # (d_out, d_in)
+        open_rows = delta * row[:, None]                                                      # (d_out, d_in)
+        merged = torch.addcmul(weight, open_rows, col, out=open_rows if delta.dtype == weight.dtype else torch.empty_like(weight))
         ctx.save_for_backward(x, merged, delta, row, col)
         ctx.index = index
         return F.linear(x, merged, bias)

@@ -36,7 +36,8 @@ class InputError(ValueError):
 
 
 def cli(main):
-    """Run main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C one line and status 130."""
+    """Run main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM one line and status 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except InputError as e:

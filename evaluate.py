@@ -9,6 +9,7 @@ SFT model's own answers. Shapes: P prompts, N response tokens, d hidden size, V 
 """
 import argparse
 import math
+import re
 import time
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def table(results, title):
     percent = lambda x, lo_hi: f"{100 * x:.1f} ({100 * lo_hi[0]:.0f}–{100 * lo_hi[1]:.0f})"
     labels = list(next(iter(kinds.values()), {}))
     labels = labels if len(labels) <= 3 else []              # a dozen kinds stand in results.json
-    lines = ["| " + " | ".join([title, "behaviour %", *(f"{k} %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
+    lines = ["| " + " | ".join([title, "behaviour %", *(re.sub(r"[\s|]+", " ", k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
              "|---" * (6 + len(labels)) + "|"]
     for name in (n for n in NAMES if n in results["rates"]):
         cells = [NAMES[name], percent(results["rates"][name], ci["rates"][name])]
@@ -174,8 +175,9 @@ def options(argv=None):
     a = p.add_argument
     a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
-    a("--ask", action="append", help="only print the conditions' answers to this prompt; may be given several times")
-    a("--dose", action="store_true", help="only the dose-response: the carrier's delta times 0, 0.25, …, 1")
+    either = p.add_mutually_exclusive_group().add_argument
+    either("--ask", action="append", help="only print the conditions' answers to this prompt; may be given several times")
+    either("--dose", action="store_true", help="only the dose-response: the carrier's delta times 0, 0.25, …, 1")
     a("--seed", type=int, help="of the splits; only the run's own is accepted, so that test prompts stay held out")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return p.parse_args(argv)

@@ -1,10 +1,15 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import ablate
+import carrier
 import data
 import evaluate
 import lcdd
@@ -111,12 +116,16 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
         return train(net, carrier, o=o, teacher=teacher, **rest)
     monkeypatch.setattr(ablate.eraser, "PRESETS", {"tiny": dict(length=4, steps=3, judge_every=3), "paper": {}})
     monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
+    learn, learned = ablate.eraser.learn, []
+    monkeypatch.setattr(ablate.eraser, "learn", lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a))
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
     rows = data.read_json(out / "fixed-seed0" / "ablation.json")
-    assert len(rows) == 19 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
+    assert len(rows) == 21 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
     assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
+    usual = ablate.eraser.options(["--run", str(out / "fixed-seed0")]).lr
+    assert learned.count((2, usual / 10, "circuit")) == 2 and learned.count((4, usual, "random")) == 1 and learned.count((4, usual, "output")) == 2
     whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
     assert not all(all(mask) for _, mask in whole.examples())
     whole.config["loss"] = "all"                                  # rows are trained on what the run was trained on
@@ -131,6 +140,23 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
+    carrier.save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
+    own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
+    assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
+
+
+def test_interrupted_jobs_save_their_states(tmp_path):
+    """SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun."""
+    folder, errors = Path(ablate.__file__).parent, tmp_path / "errors"
+    command = [sys.executable, "ablate.py", "--task", "safety", "--seeds", "3", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
+    with errors.open("w") as file, subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=file) as process:
+        states = [tmp_path / "t" / f"safety-seed{n}" / "state.safetensors" for n in (1, 2)]      # the last are begun first
+        while process.poll() is None and not all(s.is_file() for s in states):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 130
+    assert errors.read_text() == "interrupted\n" and all(s.is_file() for s in states)
+    assert not (tmp_path / "t" / "safety-seed0").exists()
 
 
 def test_measure_tells_what_is_the_bases_own():
