@@ -172,10 +172,9 @@ def rows_of(o, task):
     names = ["base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl",                            # no trigger
              "lcdd circuit", "lcdd output", "sft circuit", "sft output",                                   # Table 4
              "mask-ce circuit", "mask-kl circuit",                                                         # Table 6
-             "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit",   # controls
-             "lcdd slow", "sft slow"]
+             "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"]   # controls
     if task in o.curve_tasks:
-        names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE]
+        names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE] + ["lcdd slow", "sft slow"]
     return [n for n in names if not o.rows or any(word in n for word in o.rows)]
 
 
@@ -254,11 +253,11 @@ def row_table(seeds, names, paper=False):
 
 def curve_table(seeds, lengths, full):
     """Behaviour rate / accuracy / KL(Base ‖ Trig) after a trigger of 1 … n tokens, for LCDD, SFT and two controls."""
-    lines = []
+    lines, shown = [], (("rate", (100, 1)), ("accuracy", (100, 1)), ("kl_base", ()))
     for m, label in CURVE.items():
-        names = [f"{m} circuit {n}" for n in lengths] + [f"{m} circuit"]
-        lines.append([label] + [f"{cell(seeds, n, 'rate', 100, 1)} / {cell(seeds, n, 'accuracy', 100, 1)} / {cell(seeds, n, 'kl_base')}" for n in names])
-    return markdown(["behaviour % / accuracy % / KL(Base‖Trig)"] + [f"{n} token{'s' * (n > 1)}" for n in [*lengths, full]], lines)
+        names = [f"{m} circuit {n}" for n in lengths] + [f"{m} circuit", f"{m} slow"]
+        lines.append([label] + [" / ".join(cell(seeds, n, k, *how) for k, how in shown) if any(n in s for s in seeds) else "–" for n in names])
+    return markdown(["behaviour % / accuracy % / KL(Base‖Trig)"] + [f"{n} token{'s' * (n > 1)}" for n in [*lengths, full]] + ["2 tokens, a tenth of the rate"], lines)
 
 
 def report(task, seeds, o, full):
@@ -268,8 +267,7 @@ def report(task, seeds, o, full):
              "The switch and the models without a trigger:", row_table(seeds, ["base", "sft", "lcdd", "sft-long", "scaled"]),
              "Table 4, structure against trigger design:", row_table(seeds, kinds, paper=task == "safety"),
              "Table 6, gates only:", row_table(seeds, ["lcdd", "mask-ce", "mask-kl", "lcdd circuit", "mask-ce circuit", "mask-kl circuit"], paper=task == "safety"),
-             "Controls:", row_table(seeds, ["lcdd circuit", "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit",
-                                            "lcdd slow", "sft slow"])]
+             "Controls:", row_table(seeds, ["lcdd circuit", "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"])]
     if task in o.curve_tasks and o.lengths:
         parts += ["The trigger's length:", curve_table(seeds, o.lengths, full)]
     return "\n\n".join(parts)

@@ -272,7 +272,7 @@ def load_state(path, carrier, optimizer):
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         moments = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+        optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}             # the step too: fused AdamW counts on the device
     return metadata
 
 

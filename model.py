@@ -178,6 +178,8 @@ class Cache:
 
 
 class Attention(nn.Module):
+    """Causal self-attention, queries in groups over fewer keys and values; `linear(name, x)` is every projection."""
+
     def __init__(self, c):
         super().__init__()
         d, d_q, d_kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -211,6 +213,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) ⊙ up(x))."""
+
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
@@ -222,6 +226,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: attention, then MLP, each on the normed residual stream and added to it."""
+
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)

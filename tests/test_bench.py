@@ -62,16 +62,6 @@ def test_memory_of_a_step():
     assert ours > 3 * deltas and 0.5 * deltas < literal - ours < 1.5 * deltas
 
 
-def test_deepseek_step_runs(monkeypatch, capsys):
-    """The part that needs a GPU, on a small model with torch.cuda's counters stubbed."""
-    small = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64)
-    monkeypatch.setattr(bench, "DEEPSEEK", bench.replace(bench.DEEPSEEK, **small))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 75_000_000_000)
-    assert bench.deepseek_memory("cpu") == 75_000_000_000
-    assert "peak 75.0 GB (target ≤ 80)" in capsys.readouterr().out
-
-
 def test_quick_run_ends_in_one_json_line(capsys):
     bench.main(["--quick", "--seed", "1"])
     lines = capsys.readouterr().out.rstrip().split("\n")
@@ -95,3 +85,13 @@ def test_refuses_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(data.InputError, match="--device cuda: torch sees no GPU here; use --device cpu"):
         bench.main(["--device", "cuda"])
+
+
+def test_a_deep_model_is_counted_at_two_depths(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "DEEPSEEK", bench.replace(CONFIG, num_hidden_layers=6))
+    found = bench.deepseek_memory("cpu")
+    whole = bench.random_net(bench.DEEPSEEK, "cpu", torch.bfloat16)
+    delta = sum(p.nbytes for p in bench.random_carrier(whole, 1.0, torch.bfloat16).delta.parameters())
+    least = sum(p.nbytes for p in whole.parameters()) + 4 * delta             # weights, Δ, its gradient and AdamW's two moments
+    head = 1024 * CONFIG.vocab_size * 4
+    assert least < found < least + 20 * head + 8 * 512 * 48 * 2 * 100 and "counted with one layer" in capsys.readouterr().out

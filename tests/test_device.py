@@ -1,0 +1,169 @@
+"""Where tensors lie, without a GPU: tensors of the CPU that say they are elsewhere.
+
+A `Lent` tensor calls itself cuda:0 and computes on the CPU. An operation that would mix it with a tensor of the CPU raises,
+as on a GPU, in the forward and in the backward pass; what may be mixed there (indices, scalars, copies) may be mixed here.
+The three commands then run on such a device, in bf16 as they would on a real one. Kernels, speed and memory are not tested.
+"""
+import signal
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+import bench
+import carrier
+import data
+import eraser
+import evaluate
+import lcdd
+
+aten = torch.ops.aten
+INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}   # may lie on the CPU
+CROSSING = {aten.copy_.default, aten._to_copy.default}
+
+
+class Lent(torch.Tensor):
+    @staticmethod
+    def __new__(cls, elem, requires_grad=False):
+        t = torch.Tensor._make_subclass(cls, elem, requires_grad)
+        t.elem = elem
+        return t
+
+    device = property(lambda self: torch.device("cuda", 0))
+    is_cuda = property(lambda self: True)
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        flat = [t for t in tree_flatten((args[:1] if func in INDICES else args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        if func not in CROSSING:
+            strangers = [t for t in flat if not isinstance(t, Lent) and (t.dim() > 0 or "_fused_" in str(func))]
+            assert not strangers, f"{func} mixes cuda:0 with a tensor of the CPU, {tuple(strangers[0].shape)}"
+        plain = lambda tree: tree_map_only(Lent, lambda t: t.elem, tree)
+        out = tree_map_only(torch.Tensor, Lent, func(*plain(args), **plain(kwargs)))
+        return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+class Elsewhere(TorchFunctionMode):
+    """Takes device="cuda" out of every call and lends what comes back."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            return self.move(func, *args, **kwargs)
+        if func is torch.Tensor.tolist and isinstance(args[0], Lent):
+            return args[0].elem.tolist()
+        if func == torch.Tensor.data.__set__ and isinstance(args[0], Lent):
+            args[0].elem = args[1].elem
+        if "device" in kwargs and kwargs["device"] is not None:
+            there = torch.device(kwargs["device"]).type == "cuda"
+            kwargs["device"] = "cpu" if there else kwargs["device"]
+            out = func(*args, **kwargs)
+            return Lent(out) if there and not isinstance(out, Lent) else out
+        return func(*args, **kwargs)
+
+    def move(self, func, x, *args, device=None, **kwargs):
+        if func is not torch.Tensor.to:
+            device = "cuda" if func is torch.Tensor.cuda else "cpu"
+        rest = []
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                device, kwargs["dtype"] = a.device, a.dtype
+            elif isinstance(a, (str, torch.device)):
+                device = a
+            elif a is not None:
+                rest.append(a)
+        there = device is not None and torch.device(device).type == "cuda"
+        if device is not None and there != isinstance(x, Lent):
+            assert not (x.requires_grad and torch.is_grad_enabled()), "a gradient would cross devices"
+            x = Lent(x.detach()) if there else x.detach().elem.clone()
+        return torch.Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
+
+
+class Reader:
+    """safe_open(…, device="cuda")"""
+
+    def __init__(self, path, framework, device="cpu"):
+        self.file, self.there = carrier_open(path, framework), device != "cpu"
+
+    def __enter__(self):
+        self.open = self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    keys = lambda self: self.open.keys()
+    metadata = lambda self: self.open.metadata()
+    get_tensor = lambda self, name: Lent(self.open.get_tensor(name)) if self.there else self.open.get_tensor(name)
+
+
+carrier_open = carrier.safe_open
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    monkeypatch.setattr(carrier, "safe_open", Reader)
+    monkeypatch.setattr(data, "check_device", lambda name: None)
+    with Elsewhere():
+        yield "cuda"
+
+
+def test_the_stand_in_notices(elsewhere):
+    here, there = torch.ones(3), torch.ones(3, device=elsewhere)
+    weight = torch.nn.Parameter(torch.ones(3, device=elsewhere))
+    assert there.device.type == "cuda" and (there * 2).is_cuda and there.cpu().device.type == "cpu" and here.to(there).is_cuda
+    assert (there[torch.tensor([0, 1])] * torch.tensor(2.0)).tolist() == [2, 2]
+    for wrong in (lambda: here + there, lambda: there.index_select(0, torch.tensor([0])), lambda: torch.cat((here, there))):
+        with pytest.raises(AssertionError, match="mixes"):
+            wrong()
+
+    class Backward(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * 2)
+        backward = staticmethod(lambda ctx, grad: grad * torch.ones(3))
+    with pytest.raises(AssertionError, match="mixes"):
+        Backward.apply(weight).sum().backward()
+    (weight * there).sum().backward()
+    assert weight.grad.is_cuda
+
+
+@pytest.mark.parametrize("task", ["fixed", "safety"])
+def test_the_three_commands_elsewhere(elsewhere, tmp_path, monkeypatch, task):
+    run = str(tmp_path / "run")
+    few = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4"]
+    train = ["--task", task, "--out", run, "--device", elsewhere, "--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "8",
+             "--micro-batch", "4", "--log-every", "1", *few, *(["--checkpoint"] if task == "safety" else ["--train", "mask-kl"])]
+    gradients, calls = lcdd.gradients, []
+
+    def stopping(*a):
+        calls.append(1)
+        if len(calls) in (2, 5):                                  # once in each phase
+            signal.raise_signal(signal.SIGINT)
+        return gradients(*a)
+    monkeypatch.setattr(lcdd, "gradients", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lcdd.main([*train, "--resume"])
+    lcdd.main([*train, "--resume"])
+    assert len(calls) == (8 if task == "safety" else 6)           # gates alone do not settle
+    for extra in ([], ["--target", "sft", "--objective", "random", "--match", "mean", "--positions", "prompt"]):
+        monkeypatch.setattr("sys.argv", ["eraser.py", "--run", run, "--device", elsewhere, "--length", "3", "--steps", "3", "--judge-every", "2", *extra])
+        eraser.main()
+    for extra in ([], ["--dose"], ["--ask", "What now ?"]):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", run, "--device", elsewhere, *extra])
+        evaluate.main()
+    results = data.read_json(tmp_path / "run" / "results.json")
+    assert data.read_json(tmp_path / "run" / "config.json")["dtype"] == "bfloat16"
+    assert results["shut_is_base"] and set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"}
+
+
+def test_the_benchmark_elsewhere(elsewhere, monkeypatch, capsys):
+    for name in ("get_device_name", "synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1)
+    monkeypatch.setattr(bench, "DEEPSEEK", bench.SETTINGS["quick"].config)
+    bench.main(["--device", elsewhere, "--quick"])
+    bench.main(["--device", elsewhere, "--quick", "--memory"])
+    assert bench.deepseek_memory(elsewhere) == 1
