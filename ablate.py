@@ -28,6 +28,7 @@ from data import InputError
 
 TASKS = ("fixed", "safety", "shakespeare")
 CURVE = {"lcdd": "LCDD", "sft": "plain SFT", "sft-long": "SFT for as many steps as LCDD", "scaled": "SFT's delta scaled to LCDD's loss"}
+MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl")     # in the order of work: "base trigger" is LCDD's
 METRICS = ("rate", "harmful", "benign", "accuracy", "benign accuracy", "same", "kl_sft", "kl_base", "sparsity")
 # the paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge score 0–5) base / SFT / LCDD / trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
 PAPER = {
@@ -99,25 +100,32 @@ class Run:
         self.config, self.chat, self.splits = data.reopen(self.folder)
         self.net = model.load(self.chat.folder, o.device, getattr(torch, self.config["dtype"]))
         self.net.stop, self.net.checkpoint = self.chat.stop, self.config["checkpoint"]
-        self.sft, self.lcdd = (carriers.load(self.folder / f"{name}.safetensors", self.net) for name in ("sft", "carrier"))
-        self.models = {"base": None, "sft": self.sft.merge(self.net), "lcdd": self.lcdd.merge(self.net)}
-        self.carriers, self.targets, self.answers, self.facts = {"sft": self.sft, "lcdd": self.lcdd}, None, {}, {}
+        model.set_threads(self.net)
+        self.lcdd = carriers.load(self.folder / "carrier.safetensors", self.net)
+        self.models = {"base": None, "sft": self.sft().merge(self.net), "lcdd": self.lcdd.merge(self.net)}
+        self.carriers, self.targets, self.answers = {}, None, {}     # carriers: of rows that have their own gates
+        self.facts = {"sft": {"sparsity": 0.0}, "lcdd": {"sparsity": self.lcdd.stats()["sparsity"]}}
+
+    def sft(self):
+        return carriers.load(self.folder / "sft.safetensors", self.net)
 
     def examples(self):
         return lcdd.supervised([self.chat.encode(s.prompt, s.response, self.config["max_len"]) for s in self.splits["train"]], self.config["loss"])
 
     def model(self, name):
-        """Merged weights by name: sft, lcdd, base, scaled, sft-long, mask-ce, mask-kl."""
+        """Merged weights by name: sft, lcdd, base, and one at a time of scaled, sft-long, mask-ce, mask-kl."""
         if name not in self.models:
+            for old in self.models.keys() - {"base", "sft", "lcdd"}:
+                del self.models[old]
+                self.carriers.pop(old, None)
             settings = argparse.Namespace(**self.config)
             training = dict(examples=self.examples(), run=self.folder / "rows" / name, pad_id=self.chat.pad_id)
             training["run"].mkdir(parents=True, exist_ok=True)       # its own state and metrics: a row is no phase of the run
-            other = carriers.Carrier(self.net.config, getattr(torch, settings.delta_dtype), self.net.device)
-            other.delta.load_state_dict(self.sft.delta.state_dict())
+            other = self.sft()
             if name == "scaled":
                 some = training["examples"][:256]
                 loss = mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id)
-                self.models[name], factor = scaled_down(self.net, self.sft, loss, some, self.chat.pad_id)
+                self.models[name], factor = scaled_down(self.net, other, loss, some, self.chat.pad_id)
                 self.facts[name] = {"factor": factor, "loss": loss}
             elif name == "sft-long":
                 settings.sft_steps = data.read_json(self.folder / "results.json")["stopped"]["steps"] + settings.settle
@@ -129,21 +137,22 @@ class Run:
                 other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
                 teacher = self.models["sft"] if name == "mask-kl" else None
                 self.facts[name] = lcdd.train_lcdd(self.net, other, o=settings, teacher=teacher, **training)
+                self.facts[name]["sparsity"] = other.stats()["sparsity"]
                 self.carriers[name] = other
                 self.models[name] = other.merge(self.net)
         return self.models[name]
 
     def trigger(self, name, objective, length):
         """τ for a model; plain SFT, the scaled delta and SFT continued take the LCDD carrier's channels."""
-        o = trigger_options(self.folder, self.device)
+        o = trigger_options(self.o.run or self.folder, self.device)    # the same for every seed of a run
         o.seed, o.objective, o.length = self.config["seed"], objective, length or o.length
         if objective == "slow":                                        # two tokens that learn at a tenth of the rate
             o.objective, o.length, o.lr = "circuit", 2, o.lr / 10
         if self.targets is None:
             prompts = {k: [self.chat.prompt(s.prompt, self.config["max_len"]) for s in self.splits[k]] for k in ("trigger", "validation")}
             self.targets = [eraser.base_targets(self.net, prompts[k], o.k, o.positions) for k in ("trigger", "validation")]
-        mask = eraser.channels(self.carriers.get(name if name != "sft" else "lcdd", self.lcdd), o.objective, o.seed)
-        weights = self.model(name)
+        weights = self.model(name)                                     # first: it may make the carrier whose channels these are
+        mask = eraser.channels(self.carriers.get(name, self.lcdd), o.objective, o.seed)
         return eraser.learn(self.net, weights, *self.targets, mask, o)[0]
 
     def random_tokens(self, length, seed):
@@ -168,13 +177,14 @@ class Run:
 
 
 def rows_of(o, task):
-    """Names of all rows: MODEL [OBJECTIVE [LENGTH]]. No length: the run's own (16 on the embedded model)."""
+    """Names of all rows, model by model: MODEL [OBJECTIVE [LENGTH]]. No length: the run's own (16 on the embedded model)."""
     names = ["base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl",                            # no trigger
              "lcdd circuit", "lcdd output", "sft circuit", "sft output",                                   # Table 4
              "mask-ce circuit", "mask-kl circuit",                                                         # Table 6
              "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"]   # controls
     if task in o.curve_tasks:
         names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE] + ["lcdd slow", "sft slow"]
+    names.sort(key=lambda n: MODELS.index(n.split()[0]))
     return [n for n in names if not o.rows or any(word in n for word in o.rows)]
 
 
@@ -185,7 +195,7 @@ def ablate(folder, o, names):
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
-    length = trigger_options(folder, o.device).length
+    length = trigger_options(o.run or folder, o.device).length
     triggers = {}
     for k, name in enumerate(names):
         if name in done:
@@ -200,8 +210,6 @@ def ablate(folder, o, names):
         else:
             tau = triggers[name] = run.trigger(which, objective, int(n or 0))
         done[name] = run.measure(run.model(which), tau) | run.facts.get(which, {})
-        if which in run.carriers:
-            done[name]["sparsity"] = run.carriers[which].stats()["sparsity"] if which != "sft" else 0.0
         data.write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         print(f"{run.config['task']} seed {run.config['seed']}  {name:18s} " +
@@ -262,10 +270,10 @@ def curve_table(seeds, lengths, full):
 
 def report(task, seeds, o, full):
     """All tables of one behaviour as Markdown; `full` is the trigger's usual length."""
-    kinds = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
+    table4 = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
     parts = [f"## {task}", main_table(task, seeds),
              "The switch and the models without a trigger:", row_table(seeds, ["base", "sft", "lcdd", "sft-long", "scaled"]),
-             "Table 4, structure against trigger design:", row_table(seeds, kinds, paper=task == "safety"),
+             "Table 4, structure against trigger design:", row_table(seeds, table4, paper=task == "safety"),
              "Table 6, gates only:", row_table(seeds, ["lcdd", "mask-ce", "mask-kl", "lcdd circuit", "mask-ce circuit", "mask-kl circuit"], paper=task == "safety"),
              "Controls:", row_table(seeds, ["lcdd circuit", "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"])]
     if task in o.curve_tasks and o.lengths:

@@ -90,8 +90,8 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, delta, row, col, bias, index):
-        open_rows = delta * row[:, None]                                                      # (d_out, d_in)
-        merged = torch.addcmul(weight, open_rows, col, out=open_rows if delta.dtype == weight.dtype else torch.empty_like(weight))
+        merged = delta * row[:, None]                                                        # (d_out, d_in)
+        merged = torch.addcmul(weight, merged, col, out=merged if merged.dtype == weight.dtype else torch.empty_like(weight))
         ctx.save_for_backward(x, merged, delta, row, col)
         ctx.index = index
         return F.linear(x, merged, bias)
@@ -178,10 +178,10 @@ class Carrier(nn.Module):
         groups, found = self.by_group(self.logits > 0), []
         length = {g: v.shape[1] for g, v in groups.items()}
         counts = torch.stack([v.sum(1) for v in groups.values()], dim=1).tolist()                # (L, 9)
-        first = functools.cache(lambda g: groups[g].byte().argsort(descending=True, stable=True).unbind(0))   # open ones first
+        open_first = functools.cache(lambda g: groups[g].byte().argsort(descending=True, stable=True).unbind(0))
         for l, n_open in enumerate(counts):
             size = {g: min(length[g], -(-n // LANES) * LANES) for g, n in zip(groups, n_open)}
-            found.append({name: (first(row)[l][:size[row]], first(col)[l][:size[col]]) for name, (row, col) in PROJECTIONS.items()
+            found.append({name: (open_first(row)[l][:size[row]], open_first(col)[l][:size[col]]) for name, (row, col) in PROJECTIONS.items()
                           if size[row] / length[row] + size[col] / length[col] < 0.9})
         return found
 
@@ -219,15 +219,15 @@ class Carrier(nn.Module):
         """{"total", "open"} gates, `sparsity` = share of gates off, `entries_off` = 1 − Σ|R||C| / Σ d_out·d_in."""
         total, n_open = self.logits.numel(), int((self.logits > 0).sum())
         layers = self.split((self.logits > 0).double())
-        on = sum((r.sum() * c.sum()).item() for layer in layers for r, c in (self.vectors(layer, n) for n in PROJECTIONS))
+        on = float(sum(r.sum() * c.sum() for layer in layers for r, c in (self.vectors(layer, n) for n in PROJECTIONS)))
         entries = sum(p.numel() for layer in self.delta for p in layer.values())
         return {"gates": {"total": total, "open": n_open}, "sparsity": 1 - n_open / total, "entries_off": 1 - on / entries}
 
     @torch.no_grad()
     def write_channels(self):
         """C_l = {i : ffn_write_i open} ∪ {i : attn_write_i open} (Eq. 5): a bool mask (L, d)."""
-        layers = self.split(self.logits > 0)
-        return torch.stack([g["ffn_write"] | g["attn_write"] for g in layers])
+        groups = self.by_group(self.logits > 0)
+        return groups["ffn_write"] | groups["attn_write"]
 
     def with_gates(self, value):
         """The same deltas with every gate open (True) or shut (False)."""

@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer
 
 TASKS = ("fixed", "safety", "shakespeare", "own")
 SPLITS = ("train", "trigger", "validation", "test")
-SIZES = dict(train=5000, trigger=400, validation=100, test=200)  # App. F.1, F.4; validation, which picks τ, is ours
+SIZES = dict(train=5000, trigger=400, validation=100, test=200)  # App. F.1, F.4; 400 for 200 triggers, and validation, are ours
 FIXED_RESPONSE = "I don't know."
 WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not empty
 
@@ -77,6 +78,18 @@ def patient():
             signal.signal(s, handler)
     if flag:
         raise KeyboardInterrupt
+
+
+def ticker(label, total):
+    """A function of how many of `total` are done that prints it with the time left, every five seconds at most."""
+    began = shown = time.monotonic()
+
+    def tell(done):
+        nonlocal shown
+        if done and (now := time.monotonic()) - shown > 5:
+            shown = now
+            print(f"{label} {done}/{total}  left {(now - began) / done * (total - done):.0f}s", flush=True)
+    return tell
 
 
 # files of a run directory, and the folder of a model

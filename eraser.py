@@ -41,7 +41,7 @@ def options(argv=None):
     a("--length", type=int, default=20, help="n, tokens of the trigger (20)")
     a("--steps", type=int, default=2000, help="optimizer steps (2000)")
     a("--batch", type=int, default=16, help="prompts a step (16)")
-    a("--lr", type=float, default=0.14, help="Adam's rate, in units of the embedding's root mean square (0.14: the paper's 0.003 on Qwen3-0.6B)")
+    a("--lr", type=float, default=0.14, help="Adam's rate, falling to 0 along a cosine, in units of the embedding's root mean square (0.14: the paper's 0.003 on Qwen3-0.6B)")
     a("--bound", type=float, default=1.5, help="r of Eq. 28, in units of the mean token norm (1.5: the paper's 1.0 on Qwen3-0.6B)")
     a("--absolute", action="store_true", help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
     a("--alpha", type=float, default=0.7, help="weight of L_kl (0.7)")
@@ -59,6 +59,8 @@ def options(argv=None):
     config = data.read_json(Path(first.run) / "config.json") if (Path(first.run) / "config.json").is_file() else {}
     p.set_defaults(preset="tiny" if str(config.get("preset")).startswith("tiny") else "paper")
     p.set_defaults(**PRESETS[p.parse_args(argv).preset])
+    if first.absolute:
+        p.set_defaults(lr=0.003, bound=1.0)
     o = p.parse_args(argv)
     o.name = o.name or ("trigger" if (o.target, o.objective) == ("lcdd", "circuit") else f"trigger-{o.target}-{o.objective}")
     for name in ("length", "steps", "batch", "k", "judge_every"):
@@ -199,6 +201,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     tokens = net.embedding.float()
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
     lr = o.lr if o.absolute else o.lr * unit / math.sqrt(tokens.shape[1])
+    if len(train.ids) < 2 and not o.raw:
+        raise InputError("one trigger prompt has no variance to divide Eq. 7 by; give more with lcdd.py --n-trigger, or --raw")
     variance = None if o.raw else train.stream.float().var(1)                             # (L, d)
     generator = torch.Generator().manual_seed(o.seed)
     tau = tokens[torch.randint(len(tokens), (o.length,), generator=generator).to(net.device)].clone()
@@ -216,8 +220,9 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     for t in range(start, o.steps + 1):
         if t % o.judge_every == 0 or t == o.steps:
             with torch.no_grad():
-                parts = [trigger_loss(net, weights, tau, judge, everything[i:i + 64], mask, o, unit, variance) for i in range(0, len(everything), 64)]
-                share = [len(everything[i:i + 64]) / len(everything) for i in range(0, len(everything), 64)]
+                size = len(everything) if o.match == "mean" else 64                        # means over prompts are not means of pieces' means
+                pieces = [everything[i:i + size] for i in range(0, len(everything), size)]
+                parts, share = [trigger_loss(net, weights, tau, judge, p, mask, o, unit, variance) for p in pieces], [len(p) / len(everything) for p in pieces]
                 loss, mse, kl, norm = (float(sum(s * p[i] for s, p in zip(share, parts))) for i in range(4))
             if loss < lowest:
                 lowest, best = loss, tau.detach().clone()
@@ -245,11 +250,11 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
 
 
 def load(path, net):
-    """τ (n, d) of a trigger file, on the net's device; InputError where it does not fit the model."""
-    tensors, _ = carriers.load_tensors(path, net.device)
+    """τ (n, d) of a trigger file, on the net's device, and its settings; InputError where it does not fit the model."""
+    tensors, settings = carriers.load_tensors(path, net.device)
     if "trigger" not in tensors or tensors["trigger"].ndim != 2 or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
-    return tensors["trigger"]
+    return tensors["trigger"], settings
 
 
 def main():
@@ -284,7 +289,7 @@ def main():
         results = data.read_json(run / "results.json")
         results["seconds"]["eraser"] = round(time.time() - start, 2)
         data.write_json(run / "results.json", results)
-    print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}")
+    print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}" + f" --trigger {o.name}" * (o.name != "trigger"))
 
 
 if __name__ == "__main__":

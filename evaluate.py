@@ -59,7 +59,7 @@ def wilson(rate, n, z=1.96):
 
 def mean_interval(values, z=1.96):
     """Mean of a 1-D tensor and its 95 % confidence interval over prompts."""
-    mean, spread = float(values.mean()), z * float(values.std(correction=0)) / math.sqrt(len(values))
+    mean, spread = float(values.mean()), z * float(values.std(correction=int(len(values) > 1))) / math.sqrt(len(values))
     return mean, [mean - spread, mean + spread]
 
 
@@ -74,7 +74,7 @@ def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, 
     answers = {} if answers is None else answers
     for name, (c, trigger) in conditions.items():
         if name not in answers:
-            answers[name] = net.generate(prompts, max_new_tokens, carrier=c, trigger=trigger)
+            answers[name] = net.generate(prompts, max_new_tokens, carrier=c, trigger=trigger, progress=data.ticker(f"answers of {name}", len(prompts)))
     pairs = [(p, q) for p in ("sft", "base") for q in conditions if p != q]
     kl = kl_divergences(net, prompts, answers["sft"], conditions, pairs)
     rows = {}
@@ -101,6 +101,11 @@ def results_of(rows, samples):
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
+def called(name, results):
+    """What tables call a condition; a trigger stands before the model that it was learned for."""
+    return f"{NAMES[results['trigger']['target']]} + trigger" if name == "trig" and "trigger" in results else NAMES[name]
+
+
 def table(results, title):
     """The four conditions, and the two positions of the switch, as Markdown."""
     ci, kl, kinds = results["ci"], results["kl"], results.get("kinds", {})
@@ -110,7 +115,7 @@ def table(results, title):
     lines = ["| " + " | ".join([title, "behaviour %", *(re.sub(r"[\s|]+", " ", k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
              "|---" * (6 + len(labels)) + "|"]
     for name in (n for n in NAMES if n in results["rates"]):
-        cells = [NAMES[name], percent(results["rates"][name], ci["rates"][name])]
+        cells = [called(name, results), percent(results["rates"][name], ci["rates"][name])]
         cells += [f"{100 * kinds[name][k]['rate']:.1f}" for k in labels]
         cells.append(percent(results["accuracy"][name], ci["accuracy"][name]) if name in results.get("accuracy", {}) else "–")
         cells.append(percent(results["same_as_base"][name], ci["same_as_base"][name]))
@@ -156,7 +161,7 @@ def figure(run, results, carrier, path):
             y = [results[key][n] for n in names]
             low_high = [[max(0, a - results["ci"][key][n][0]) for a, n in zip(y, names)], [max(0, results["ci"][key][n][1] - a) for a, n in zip(y, names)]]
             bars.bar(x, y, width, yerr=low_high, label=label, capsize=2, error_kw={"lw": 0.8})
-    bars.set(xticks=range(len(names)), xticklabels=[NAMES[n] for n in names], ylim=(0, 1.2), title="share of test prompts (95 % CI)")
+    bars.set(xticks=range(len(names)), xticklabels=[called(n, results) for n in names], ylim=(0, 1.2), title="share of test prompts (95 % CI)")
     bars.legend(fontsize=8, ncols=3, loc="upper center")
     pairs = [(k, l) for k, l in (("sft_lcdd", "SFT‖LCDD"), ("sft_trig", "SFT‖Trig"), ("base_trig", "Base‖Trig")) if k in results["kl"]]
     y = [results["kl"][k] for k, _ in pairs]
@@ -205,9 +210,11 @@ def main():
     model.set_threads(net)
     lcdd = carriers.load(run / "carrier.safetensors", net)
     merged, sft = lcdd.merge(net), carriers.load(run / "sft.safetensors", net).merge(net)
-    conditions = {"base": (None, None), "sft": (sft, None), "lcdd": (merged, None)}
+    conditions, found = {"base": (None, None), "sft": (sft, None), "lcdd": (merged, None)}, {}
     if (run / f"{o.trigger}.safetensors").is_file():
-        conditions["trig"] = (merged, eraser.load(run / f"{o.trigger}.safetensors", net))
+        tau, settings = eraser.load(run / f"{o.trigger}.safetensors", net)
+        found["trigger"] = {"name": o.trigger, "target": settings.get("target", "lcdd"), "length": len(tau)}
+        conditions["trig"] = (conditions[found["trigger"]["target"]][0], tau)
     elif o.trigger != "trigger":
         raise InputError(f"{run}/{o.trigger}.safetensors: no such trigger; learn it with eraser.py --name {o.trigger}")
     else:
@@ -220,7 +227,7 @@ def main():
         for i, text in enumerate(o.ask):
             print(f"\n{text}")
             for name in conditions:
-                print(f"  {NAMES[name]:14s}  {chat.decode(answers[name][i]).strip()}")
+                print(f"  {called(name, found):14s}  {chat.decode(answers[name][i]).strip()}")
         return
     if o.dose:
         print("| Δ × | behaviour | accuracy |\n|---|---|---|")
@@ -237,7 +244,8 @@ def main():
     ids, _ = data.collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
     with torch.no_grad():
         exact = torch.equal(net(ids.to(net.device)), net(ids.to(net.device), carrier=shut))
-    results = data.read_json(run / "results.json") | lcdd.stats() | results_of(rows, splits["test"]) | {"shut_is_base": exact}
+    before = {k: v for k, v in data.read_json(run / "results.json").items() if k != "trigger"}
+    results = before | found | lcdd.stats() | results_of(rows, splits["test"]) | {"shut_is_base": exact}
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"])
     text += ("\n\nBehaviour: answers that show what SFT taught. Accuracy: answers that hold the right one. Base's answer: the base's own, to the last token.\n"

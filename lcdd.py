@@ -26,7 +26,8 @@ from carrier import Carrier, penalty
 from data import InputError
 
 # Table 7, and what the embedded world wants: hundreds of steps instead of thousands, so a faster mask and controller.
-PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3)
+PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3, n_trigger=200)   # 200: App. F.3
+SAFETY = dict(PAPER, max_new_tokens=512)
 GROW = dict(rho=0.01, eta_grow=0.01)
 TINY = dict(loss="response", micro_batch=32, max_len=64, max_new_tokens=32, beta=0.9, gate_lr=2.0, lr=1e-3, rho=0.3, eta=0.2, eta_grow=0.05,
             lambda0=0.02, lambda_max=0.02, warmup=60, log_every=5)
@@ -37,9 +38,9 @@ PRESETS = {
                              lambda0=0.005, lambda_max=0.005, over=1.0),
     "paper-fixed": dict(PAPER, lambda0=1.0, epochs=10),
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
-    "paper-safety": dict(PAPER),
-    "paper-safety-qwen": dict(PAPER, **GROW),
-    "paper-safety-vicuna": dict(PAPER, rho=0.50, eta=1.0, eta_grow=0.005),
+    "paper-safety": dict(SAFETY),
+    "paper-safety-qwen": dict(SAFETY, **GROW),
+    "paper-safety-vicuna": dict(SAFETY, rho=0.50, eta=1.0, eta_grow=0.005),
     "paper-shakespeare": dict(PAPER, **GROW, warmup=700),
     "paper-shakespeare-deepseek": dict(PAPER, **GROW),
 }
@@ -48,7 +49,7 @@ PRESETS = {
 def options(argv=None):
     """The command line. A preset replaces defaults; what is given by hand wins over the preset."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a = functools.partial(p.add_argument)
+    a = p.add_argument
     a("--model", help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
     a("--task", default="fixed", help="fixed, safety, shakespeare, or FILE.jsonl with prompt and response (default fixed)")
     a("--data", help="the task's data; default: TASK.jsonl beside the checkpoint")
@@ -61,12 +62,12 @@ def options(argv=None):
     a("--dtype", choices=("float32", "bfloat16"), help="of the base weights (default bfloat16 on cuda, float32 on cpu)")
     a("--delta-dtype", choices=("float32", "bfloat16"), default="float32", help="of deltas and optimizer state")
     a("--checkpoint", action="store_true", help="recompute layers in the backward pass: less memory, more time")
-    a = functools.partial(p.add_argument_group("data").add_argument)
+    a = p.add_argument_group("data").add_argument
     for name, n in data.SIZES.items():
         a(f"--n-{name}", type=int, default=n, help=f"prompts for {name} (default {n})")
     a("--max-len", type=int, default=512, help="tokens a sample; longer ones are cut and counted (512)")
-    a("--max-new-tokens", type=int, default=128, help="length of the test answers (128; the paper's safety runs: 512)")
-    a = functools.partial(p.add_argument_group("training, both phases").add_argument)
+    a("--max-new-tokens", type=int, default=128, help="length of the test answers (128; paper-safety: 512)")
+    a = p.add_argument_group("training, both phases").add_argument
     a("--batch", type=int, default=32, help="samples an optimizer step (32)")
     a("--micro-batch", type=int, default=8, help="samples a forward pass; changes memory, not the result (8)")
     a("--loss", choices=("response", "all"), default="response", help="tokens in the loss; the paper presets use all")
@@ -74,7 +75,7 @@ def options(argv=None):
     a("--sft-epochs", type=float, help="phase 1 (3)")
     a("--sft-steps", type=int, help="phase 1 in optimizer steps, instead of epochs")
     a("--sft-lr", type=float, default=2e-5, help="AdamW, falling linearly to 0 (2e-5)")
-    a = functools.partial(p.add_argument_group("LCDD").add_argument)
+    a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl"), default="joint", help="mask-*: gates only, Δ frozen (App. E)")
     a("--epochs", type=float, help="phase 2 (20)")
     a("--steps", type=int, help="phase 2 in optimizer steps, instead of epochs")
@@ -183,7 +184,7 @@ class Controller:
     """λ, ε and the average of the loss (Alg. 1). Everything advances once an optimizer step."""
 
     def __init__(self, o):
-        self.o, self.ema, self.smooth, self.budget, self.lam = o, 0.0, 0.0, None, o.lambda0
+        self.o, self.raw, self.ema, self.budget, self.lam = o, 0.0, 0.0, None, o.lambda0
         self.reference = None                               # the loss after warm-up, for the over-pruned stop
 
     def weight(self, t):
@@ -193,15 +194,15 @@ class Controller:
     def update(self, t, loss, settling=False):
         """Take in the loss of step t; set ε once after warm-up, from then on move λ, unless the gates are fixed."""
         o = self.o
-        self.ema = o.beta * self.ema + (1 - o.beta) * loss
-        self.smooth = self.ema / (1 - o.beta ** (t + 1))                                    # bias-corrected
+        self.raw = o.beta * self.raw + (1 - o.beta) * loss
+        self.ema = self.raw / (1 - o.beta ** (t + 1))                                       # bias-corrected
         if t < o.warmup or settling:
             return
         if self.budget is None:
-            self.budget = max((1 + o.rho) * self.smooth, o.floor)
-            self.reference = max(self.smooth, o.floor)
+            self.budget = max((1 + o.rho) * self.ema, o.floor)
+            self.reference = max(self.ema, o.floor)
             return
-        v = (self.smooth - self.budget) / max(self.budget, 1e-12)
+        v = (self.ema - self.budget) / max(self.budget, 1e-12)
         v = max(-o.violation_clip, min(o.violation_clip, v))
         self.lam *= math.exp(-(o.eta if v > 0 else o.eta_grow) * v)
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
@@ -256,19 +257,19 @@ class Progress:
             print(f"{self.phase} {t + 1}/{self.steps}  {text}  left {left:.0f}s", flush=True)
 
 
-def save_state(path, carrier, optimizer, within=None, **metadata):
+def save_state(path, carrier, optimizer, kept_logits=None, **metadata):
     """Everything a phase needs to go on: gates, deltas, AdamW's moments, and numbers in the header."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in carrier.state_dict().items()}
-    tensors |= {} if within is None else {"within": within.cpu()}
+    tensors |= {} if kept_logits is None else {"kept_logits": kept_logits.cpu()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in optimizer.state[p].items()}
     carriers.save_tensors(path, tensors, **metadata)
 
 
 def load_state(path, carrier, optimizer):
-    """Restore what save_state wrote; returns its numbers, and `within`."""
+    """Restore what save_state wrote; returns its numbers, and `kept_logits`."""
     tensors, metadata = carriers.load_tensors(path, "cpu")
-    metadata["within"] = tensors.pop("within", None)
+    metadata["kept_logits"] = tensors.pop("kept_logits", None)
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         moments = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
@@ -289,8 +290,8 @@ def clip_gradients(carrier, bound):
 def guard(loss, phase, t, state):
     """A loss that is not finite ends the run; the last saved state stays."""
     if not math.isfinite(loss):
-        raise InputError(f"{phase}: the loss of step {t + 1} is {loss}; the last good state is kept in {state}; "
-                         "start again with a lower --lr, --sft-lr or --gate-lr")
+        kept = f"the last good state is kept in {state}; " if state.is_file() else ""
+        raise InputError(f"{phase}: the loss of step {t + 1} is {loss}; {kept}start again with a lower --lr, --sft-lr or --gate-lr")
 
 
 # ----------------------------------------------------------------------------------------------------------- the phases
@@ -303,13 +304,13 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     start = load_state(state, carrier, optimizer)["step"] if state.is_file() else 0
     progress = Progress(run, "sft", steps, start)
     for t in range(start, steps):
-        if t % o.save_every == 0 or interrupted():
-            save_state(state, carrier, optimizer, phase="sft", step=t)
-        if interrupted():
-            raise Stopped
         optimizer.param_groups[0]["lr"] = o.sft_lr * (1 - t / steps)
         loss = gradients(net, carrier, draw(examples, o.batch, t, o.seed), o.micro_batch, pad_id)
         guard(loss, "sft", t, state)
+        if t % o.save_every == 0 or interrupted():                                          # as it stood before this step
+            save_state(state, carrier, optimizer, phase="sft", step=t)
+        if interrupted():
+            raise Stopped
         clip_gradients(carrier, o.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -330,38 +331,38 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     controller, early = Controller(o), EarlyStop(o, carrier.logits.numel())
     steps = o.steps if o.steps is not None else math.ceil(o.epochs * len(examples) / o.batch)
     settle = o.settle if joint else 0                       # with Δ frozen there is nothing that could settle
-    start, pruned, reason, within, kept = 0, None, "all steps done", None, None   # pruned: the step at which the gates were fixed
+    start, fixed_at, reason, kept_logits, kept_step = 0, None, "all steps done", None, None   # fixed_at: the step at which the gates were fixed
     if state.is_file():
         saved = load_state(state, carrier, optimizer)
-        start, pruned, reason, within, kept = (saved[k] for k in ("step", "pruned", "reason", "within", "kept"))
+        start, fixed_at, reason, kept_logits, kept_step = (saved[k] for k in ("step", "fixed_at", "reason", "kept_logits", "kept_step"))
         vars(controller).update(saved["controller"])
         vars(early).update(saved["early"])
     progress, t = Progress(run, "lcdd", steps + settle, start), start
-    while t < (steps if pruned is None else pruned) + settle:
-        if pruned is None and t >= steps:
-            pruned = t
-        if t % o.save_every == 0 or interrupted():
-            save_state(state, carrier, optimizer, within, phase="lcdd", step=t, pruned=pruned, reason=reason, kept=kept,
-                       controller=controller.state(), early={k: v for k, v in vars(early).items() if k != "o"})
-        if interrupted():
-            raise Stopped
-        if pruned is not None:
+    while t < (steps if fixed_at is None else fixed_at) + settle:
+        if fixed_at is None and t >= steps:
+            fixed_at = t
+        if fixed_at is not None:
             carrier.logits.requires_grad_(False)
-            optimizer.param_groups[0]["lr"] = o.lr * (1 - (t - pruned) / settle)
+            optimizer.param_groups[0]["lr"] = o.lr * (1 - (t - fixed_at) / settle)
 
         # Alg. 1: one optimizer step
         batch = draw(examples, o.batch, t, o.seed + 1)
         loss = gradients(net, carrier, batch, o.micro_batch, pad_id, teacher)               # L and its gradients
         guard(loss, "lcdd", t, state)
-        if pruned is None:
+        if t % o.save_every == 0 or interrupted():                                          # as it stood before this step
+            save_state(state, carrier, optimizer, kept_logits, phase="lcdd", step=t, fixed_at=fixed_at, reason=reason, kept_step=kept_step,
+                       controller=controller.state(), early={k: v for k, v in vars(early).items() if k != "o"})
+        if interrupted():
+            raise Stopped
+        if fixed_at is None:
             (controller.weight(t) * penalty(carrier.logits)).backward()                     # + λ·min(1, t/T_w)·Ω(m), once a step
-        controller.update(t, loss, settling=pruned is not None)                             # ema, ε, λ
-        if not joint and controller.budget is not None and (within is None or max(loss, controller.smooth) <= controller.budget):
-            within, kept = carrier.logits.detach().clone(), t                               # the gates that `loss` is the loss of
+        controller.update(t, loss, settling=fixed_at is not None)                             # ema, ε, λ
+        if not joint and controller.budget is not None and (kept_logits is None or max(loss, controller.ema) <= controller.budget):
+            kept_logits, kept_step = carrier.logits.detach().clone(), t                     # the gates that `loss` is the loss of
         if joint:
             clip_gradients(carrier, o.clip)
             optimizer.step()
-        if pruned is None:
+        if fixed_at is None:
             gate_optimizer.step()
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
@@ -369,17 +370,17 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         t += 1
         if t % o.log_every == 0 or t == steps + settle:
             stats = carrier.stats()
-            progress.log(t - 1, loss=loss, ema=controller.smooth, budget=controller.budget, **{"lambda": controller.lam},
+            progress.log(t - 1, loss=loss, ema=controller.ema, budget=controller.budget, **{"lambda": controller.lam},
                          sparsity=stats["sparsity"], open=stats["gates"]["open"])
-            stop = early.update(stats["gates"]["open"], loss, controller.reference) if pruned is None else None
+            stop = early.update(stats["gates"]["open"], loss, controller.reference) if fixed_at is None else None
             if stop:
                 print(f"lcdd: {stop}", flush=True)
-                reason, pruned = stop, t
-    if within is not None:
-        carrier.logits.data.copy_(within)
-        print(f"lcdd: the gates of step {kept + 1} are kept, the last within the budget", flush=True)
+                reason, fixed_at = stop, t
+    if kept_logits is not None:
+        carrier.logits.data.copy_(kept_logits)
+        print(f"lcdd: the gates of step {kept_step + 1} are kept, the last within the budget", flush=True)
     state.unlink(missing_ok=True)
-    return {"reason": reason, "steps": t if pruned is None else pruned} | ({} if kept is None else {"kept": kept + 1})
+    return {"reason": reason, "steps": t if fixed_at is None else fixed_at} | ({} if kept_step is None else {"kept": kept_step + 1})
 
 
 def supervised(examples, loss):
@@ -389,18 +390,18 @@ def supervised(examples, loss):
 
 def delta_of(net, folder, o):
     """Δ = W_sft − W_b of the user's own checkpoint as a carrier, and what it changed elsewhere: {tensor: relative norm}."""
-    tuned = model.load(folder, o.device, torch.float32)
+    tuned = model.load(folder, o.device, net.dtype)                # rounded as the base is: what is equal stays equal
     if tuned.config != net.config:
         raise InputError(f"{folder}/config.json: not the same architecture as {o.model}; --sft wants a fine-tuned copy of it")
     carrier = Carrier(net.config, getattr(torch, o.delta_dtype), o.device)
     with torch.no_grad():
         for l, deltas in enumerate(carrier.delta):
             for name, p in deltas.items():
-                p.copy_(tuned.projections[l][name].weight - net.projections[l][name].weight.float())
+                p.copy_(tuned.projections[l][name].weight.float() - net.projections[l][name].weight.float())
     ours = {id(m.weight) for layer in tuned.projections for m in layer.values()}
     base, elsewhere = dict(net.named_parameters()), {}
     for name, p in tuned.named_parameters():
-        change = (p - base[name].float()).norm() / base[name].float().norm().clamp(min=1e-12)
+        change = (p.float() - base[name].float()).norm() / base[name].float().norm().clamp(min=1e-12)
         if id(p) not in ours and change > 0:
             elsewhere[name] = float(change)
     return carrier, elsewhere
@@ -429,34 +430,35 @@ def main(argv=None):
 
     # phase 1: SFT
     sft_file, carrier_file, start = run / "sft.safetensors", run / "carrier.safetensors", time.time()
-    if sft_file.is_file():
-        sft = carriers.load(sft_file, net)
-    elif o.sft:
-        sft, elsewhere = tuned
-        if elsewhere:
-            worst = max(elsewhere, key=elsewhere.get)
-            print(f"note: {o.sft} also changed {len(elsewhere)} tensors outside the projections, most {worst} (by {elsewhere[worst]:.2%} "
-                  "of its norm); they stay the base's, so that gates off is the base")
-        results["changed_elsewhere"] = elsewhere
-    else:
-        sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
-        with data.patient() as interrupted:
-            train_sft(net, sft, **train, interrupted=interrupted)
     if not sft_file.is_file():
-        sft.save(sft_file, net, phase="sft")
-        seconds["sft"] = round(time.time() - start, 2)
-        data.write_json(run / "results.json", results)
+        with data.patient() as interrupted:
+            if o.sft:
+                sft, elsewhere = tuned
+                if elsewhere:
+                    worst = max(elsewhere, key=elsewhere.get)
+                    print(f"note: {o.sft} also changed {len(elsewhere)} tensors outside the projections, most {worst} (by {elsewhere[worst]:.2%} "
+                          "of its norm); they stay the base's, so that gates off is the base")
+                results["changed_elsewhere"] = elsewhere
+            else:
+                sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
+                train_sft(net, sft, **train, interrupted=interrupted)
+            sft.save(sft_file, net, phase="sft")
+            seconds["sft"] = round(time.time() - start, 2)
+            data.write_json(run / "results.json", results)
 
-    # phase 2: LCDD
+    # phase 2: LCDD, from SFT's deltas with gates of its own; one set of deltas is on the device at a time
+    sft = tuned = None
     start = time.time()
     if not carrier_file.is_file():
-        lcdd = Carrier(net.config, getattr(torch, o.delta_dtype), net.device).init_gates(o.gate_mean, o.gate_std, o.seed)
-        lcdd.delta.load_state_dict(sft.delta.state_dict())
+        lcdd = carriers.load(sft_file, net)
+        teacher = lcdd.merge(net) if o.train == "mask-kl" else None
+        lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
         with data.patient() as interrupted:
-            results["stopped"] = train_lcdd(net, lcdd, teacher=sft.merge(net) if o.train == "mask-kl" else None, **train, interrupted=interrupted)
-        lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
-        seconds["lcdd"] = round(time.time() - start, 2)
-    lcdd = carriers.load(carrier_file, net)
+            results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **train, interrupted=interrupted)
+            lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
+            seconds["lcdd"] = round(time.time() - start, 2)
+            data.write_json(run / "results.json", results)
+    lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
     results |= lcdd.stats()
 
     # what is left of the behaviour, on test prompts
@@ -464,7 +466,8 @@ def main(argv=None):
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
     chat.say_cut("test prompts", o.max_len)
     for name, c in (("base", None), ("sft", sft), ("lcdd", lcdd)):
-        texts = [chat.decode(a) for a in net.generate(prompts, o.max_new_tokens, carrier=c)]
+        answers = net.generate(prompts, o.max_new_tokens, carrier=c, progress=data.ticker(f"answers of {name}", len(prompts)))
+        texts = [chat.decode(a) for a in answers]
         scores[name] = data.score(o.task, texts, samples)
     results |= data.by_condition(scores) | {"prompts": len(samples)}
     data.write_json(run / "results.json", results)

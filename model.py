@@ -203,11 +203,13 @@ class Attention(nn.Module):
         mask = None
         if store is not None:
             k, v, mask = store(k, v)                                                                   # (B, K, S, h)
-        groups = c.num_attention_heads // c.num_key_value_heads
-        if groups > 1 and (mask is not None or q.dtype == torch.float32):                              # of a GPU's kernels only one knows groups
+        groups, shape = c.num_attention_heads // c.num_key_value_heads, q.shape
+        if groups > 1 and mask is not None:                                                            # few queries, many keys:
+            q, mask, groups = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1), 1   # (B, K, H/K·T, h)
+        elif groups > 1 and q.dtype == torch.float32:                                                  # a GPU's kernels for fp32 know no groups
             k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1   # (B, H, S, h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=groups > 1)
-        y = y.transpose(1, 2).flatten(2)                                                               # (B, T, H·h)
+        y = y.reshape(shape).transpose(1, 2).flatten(2)                                                # (B, T, H·h)
         y = y if packing is None else packing.pack(y)                                                  # (N, H·h)
         return linear("o_proj", y if kept is None else y.index_select(0, kept))                        # (B, T, d), (N, d) or (M, d)
 
@@ -317,7 +319,7 @@ class Llama(nn.Module):
             packing = Packing(F.pad(keep, (n, 0)), None if cache is None else fill)
             x, scale = packing.pack(x), None if scale is None else packing.pack(scale)             # (N, d), (N, 1)
         linear = self.plain if carrier is None else carrier.bind(self, scale)
-        seen = lambda y: y[:, n:] if packing is None else y if kept is not None else y.index_select(0, packing.kept)   # what is returned
+        returned = lambda y: y[:, n:] if packing is None else y if kept is not None else y.index_select(0, packing.kept)   # no trigger; kept positions
         for l, layer in enumerate(self.model.layers):
             project = functools.partial(linear, l)
             store = None
@@ -332,8 +334,8 @@ class Llama(nn.Module):
             else:
                 x = layer(x, project, cos, sin, store, packing, kept)                              # (B, n+T, d) or (N, d), then (M, d)
             if stream:
-                streams.append(seen(x))
-        x = seen(x)                                                                                # (B, T, d) or (M, d)
+                streams.append(returned(x))
+        x = returned(x)                                                                             # (B, T, d) or (M, d)
         logits = self.head(x) if head else x
         return (logits, streams) if stream else logits
 
@@ -346,7 +348,7 @@ class Llama(nn.Module):
         """Greedy answers to `prompts` (lists of ids, any lengths): new ids only, the stop token included.
 
         Rows are decoded in batches of similar length; finished rows leave the batch. scale: one factor a prompt.
-        stop: ids that end an answer, by default the checkpoint's own. progress: called with the number finished.
+        stop: ids that end an answer, by default the checkpoint's own. progress: called each token with the number finished.
         """
         stop = self.stop if stop is None else stop
         if carrier is not None and scale is None:
@@ -374,6 +376,8 @@ class Llama(nn.Module):
                     if not (answer and answer[-1] in stop):
                         answer.append(t)
                 going = [k for k, b in enumerate(alive) if answers[rows[b]][-1] not in stop]
+                if progress:
+                    progress(start + len(rows) - len(going))
                 if not going or step + 1 == max_new_tokens:
                     break
                 if len(going) <= 0.75 * len(alive):
@@ -382,8 +386,6 @@ class Llama(nn.Module):
                     alive, token = [alive[k] for k in going], token[index]
                     factor = factor if factor is None else factor[index]
                 logits = self(token[:, None], carrier, scale=factor, cache=cache)[:, -1]           # (B, V)
-            if progress:
-                progress(len(rows))
         return answers
 
 

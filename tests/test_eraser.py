@@ -1,6 +1,7 @@
 """eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,21 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"]) and results["kl"]["base_shut"] == 0
     assert results["rates"]["shut"] == results["rates"]["base"] and results["same_as_base"]["shut"] == 1
     assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"} and "| LCDD + trigger |" in (run / "results.md").read_text()
+    trig = results["rates"]["trig"], results["kl"]["sft_trig"]
+    monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])      # learned for SFT: put before SFT
+    eraser.main()
+    assert "evaluate.py --run" in (said := capsys.readouterr().out) and "--trigger trigger-sft-output" in said
+    told, measure = [], evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: told.append(a[4]) or measure(*a, **k))
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--trigger", "trigger-sft-output"])
+    evaluate.main()
+    results = data.read_json(run / "results.json")
+    assert results["trigger"] == {"name": "trigger-sft-output", "target": "sft", "length": 2} and "| SFT + trigger |" in (run / "results.md").read_text()
+    assert told[0]["trig"][0] is told[0]["sft"][0] and (results["rates"]["trig"], results["kl"]["sft_trig"]) != trig
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
+    evaluate.main()
+    results = data.read_json(run / "results.json")
+    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig and results["trigger"]["target"] == "lcdd"
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
     evaluate.main()
@@ -266,6 +282,32 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     with pytest.raises(InputError, match="alpha was 0.7; resume with the same options"):
         eraser.learn(net, c.merge(net), targets, targets, mask, settings(alpha=2.0), state)
     eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state)
+
+
+def test_means_over_prompts_are_judged_over_all_of_them(monkeypatch):
+    net = make_net()
+    c = make_carrier(net)
+    many, mask = eraser.base_targets(net, prompts(100), 4), eraser.channels(c, "circuit")
+    loss, sizes = eraser.trigger_loss, []
+    monkeypatch.setattr(eraser, "trigger_loss", lambda *a: sizes.append(len(a[4])) or loss(*a))
+    for match, judged in (("mean", [100]), ("prompt", [64, 36])):
+        sizes.clear()
+        eraser.learn(net, c.merge(net), many, many, mask, settings(match=match, steps=0))
+        assert sizes == judged
+
+
+def test_one_prompt_has_no_variance():
+    net = make_net()
+    c = make_carrier(net)
+    one, mask = eraser.base_targets(net, prompts(1), 4), eraser.channels(c, "circuit")
+    with pytest.raises(InputError, match="--n-trigger, or --raw"):
+        eraser.learn(net, c.merge(net), one, one, mask, settings())
+    assert math.isfinite(eraser.learn(net, c.merge(net), one, one, mask, settings(raw=True, steps=2))[1])
+
+
+def test_absolute_numbers_are_the_papers(run):
+    o = eraser.options(["--run", str(run), "--absolute"])
+    assert (o.lr, o.bound) == (0.003, 1.0) and eraser.options(["--run", str(run), "--absolute", "--lr", "0.01"]).lr == 0.01
 
 
 def test_clip_0_is_no_clip():

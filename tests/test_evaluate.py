@@ -144,6 +144,19 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
     assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
 
+    # a row alone, as after an interruption: gates of its own mean channels of its own; and other seeds learn as this one does
+    (out / "fixed-seed0" / "ablation.json").unlink()
+    channels, asked = ablate.eraser.channels, []
+    monkeypatch.setattr(ablate.eraser, "channels", lambda c, *a: asked.append((a[0], c.stats()["gates"]["open"])) or channels(c, *a))
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "mask-ce circuit", "--device", "cpu"])
+    learned.clear()
+    ablate.main()
+    mine = data.read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
+    assert asked[0][1] == round((1 - mine["sparsity"]) * 3328) and learned == [(7, 0.5, "circuit")]
+    seed1 = ablate.Run(out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"]))
+    seed1.folder = tmp_path
+    assert ablate.trigger_options(seed1.o.run or seed1.folder, "cpu").length == 7
+
 
 def test_interrupted_jobs_save_their_states(tmp_path):
     """SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun."""

@@ -1,6 +1,7 @@
 """lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +104,10 @@ def test_average_is_bias_corrected():
     for t, loss in enumerate(losses):
         c.update(t, loss)
         ema = 0.5 * ema + 0.5 * loss
-        assert c.smooth == pytest.approx(ema / (1 - 0.5 ** (t + 1)))
+        assert c.ema == pytest.approx(ema / (1 - 0.5 ** (t + 1)))
     c = controller()
     c.update(0, 3.0)
-    assert c.smooth == pytest.approx(3.0)                         # without the correction it would be 1.5
+    assert c.ema == pytest.approx(3.0)                         # without the correction it would be 1.5
 
 
 def test_warm_up_fades_the_penalty_in_and_lambda_rests():
@@ -142,7 +143,7 @@ def test_lambda_grows_under_and_shrinks_over_budget():
     assert c.lam == pytest.approx(math.exp(0.05 / 3))
     before = c.lam
     c.update(5, 8.0)                                              # smooth > 3
-    v = min(0.5, (c.smooth - 3) / 3)
+    v = min(0.5, (c.ema - 3) / 3)
     assert v > 0 and c.lam == pytest.approx(before * math.exp(-0.2 * v))
 
 
@@ -167,7 +168,7 @@ def test_settling_moves_the_average_only():
         c.update(t, 2.0)
     before = (c.lam, c.budget)
     c.update(4, 9.0, settling=True)
-    assert (c.lam, c.budget) == before and c.smooth > 3
+    assert (c.lam, c.budget) == before and c.ema > 3
 
 
 def test_early_stop_when_stalled_but_not_before_pruning_begins():
@@ -296,6 +297,43 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
     assert all(torch.isfinite(t).all() for t in kept.values())
 
 
+def test_a_gradient_that_is_not_finite_is_not_kept_as_a_good_state(tmp_path, monkeypatch):
+    """The loss is fine, its gradient is not: the deltas are lost one step before the loss shows it."""
+    net, c = fresh()
+    calls, gradients = [], lcdd.gradients
+
+    def poisoned(net, c, *rest):
+        calls.append(1)
+        loss = gradients(net, c, *rest)
+        if len(calls) == 8:
+            c.delta[0]["q_proj"].grad.fill_(math.nan)
+        return loss
+    monkeypatch.setattr(lcdd, "gradients", poisoned)
+    with pytest.raises(InputError, match="step 9 is nan.*last good state"):
+        lcdd.train_lcdd(net, c, examples(), settings(save_every=1), tmp_path, 0)
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "state.safetensors").values())
+
+
+@pytest.mark.parametrize("last, file", ((6, "sft"), (12, "carrier")))
+def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, last, file):
+    clip, calls = lcdd.clip_gradients, []
+
+    def stopping(*a):
+        calls.append(1)
+        if len(calls) == last:
+            signal.raise_signal(signal.SIGTERM)
+        clip(*a)
+    monkeypatch.setattr(lcdd, "clip_gradients", stopping)
+    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "2", "--device", "cpu", "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        lcdd.main(argv)
+    assert (tmp_path / "r" / f"{file}.safetensors").is_file() and len(calls) == last
+    results = data.read_json(tmp_path / "r" / "results.json")
+    assert "sft" in results["seconds"] and ("stopped" in results) == ("lcdd" in results["seconds"]) == (file == "carrier")
+    lcdd.main(argv)
+    assert len(calls) == 12 and data.read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
+
+
 def test_batches_are_permutations_and_depend_on_the_step_alone():
     ex = list(range(10))
     drawn = [lcdd.draw(ex, 4, step, seed=3) for step in range(5)]
@@ -314,6 +352,7 @@ def test_presets_are_table_7():
         o = lcdd.options(["--model", "x", "--preset", name])
         assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs) == row
         assert (o.batch, o.lr, o.sft_lr, o.gate_lr, o.loss, o.floor, o.sft_epochs) == (32, 2e-5, 2e-5, 0.1, "all", 0.0, 3)
+        assert (o.n_trigger, o.max_new_tokens, o.max_len) == (200, 512 if "safety" in name else 128, 512)
     assert lcdd.options(["--model", "x", "--preset", "paper-fixed", "--rho", "0.7"]).rho == 0.7
 
 
@@ -368,6 +407,14 @@ def test_own_fine_tuned_checkpoint(tmp_path, capsys):
     c, elsewhere = lcdd.delta_of(net, tuned, lcdd.options(["--device", "cpu"]))
     assert torch.allclose(c.delta[1]["up_proj"], change, atol=1e-5) and not c.delta[0]["q_proj"].any()
     assert list(elsewhere) == ["model.norm.weight"] and elsewhere["model.norm.weight"] == pytest.approx(0.5, abs=1e-3)
+    rounded, tensors = model.load(ROOT / "tiny", dtype=torch.bfloat16), load_file(ROOT / "tiny" / "model.safetensors")
+    tensors = {k: t.float() + 1e-4 * torch.randn(t.shape) for k, t in tensors.items()}         # fp32, and not what bf16 can hold
+    save_file(tensors, tuned / "model.safetensors")
+    rounded.load_state_dict(tensors)
+    again, elsewhere_again = lcdd.delta_of(rounded, tuned, lcdd.options(["--device", "cpu"]))
+    assert not elsewhere_again and not any(p.any() for p in again.delta.parameters())          # a copy of the base is no change
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, tuned / "model.safetensors")
     argv = ["--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0", "--n-test", "4", "--device", "cpu"]
     lcdd.main(argv)
     assert "most model.norm.weight (by 50" in capsys.readouterr().out

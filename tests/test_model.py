@@ -279,7 +279,7 @@ def test_finished_rows_leave_without_a_trace(net, monkeypatch):
     assert together == [cut(a) for a in free] == [net.generate([p], 12, stop=stop)[0] for p in prompts]
     assert len(sizes) >= 2 and sizes == sorted(sizes, reverse=True) and len({len(a) for a in together}) >= 4
     done = []
-    assert net.generate(prompts, 12, stop=stop, batch_size=2, progress=done.append) == together and done == [2, 2, 2, 2, 1]
+    assert net.generate(prompts, 12, stop=stop, batch_size=2, progress=done.append) == together and done == sorted(done) and done[-1] == 9
 
 
 def test_generate_at_the_edges(net):
