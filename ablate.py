@@ -8,11 +8,12 @@ right again, how often it is the base's own to the last token, and how far the d
 Every finished row is kept in ablation.json beside the run; the command goes on where it stopped.
 """
 import argparse
+import hashlib
 import multiprocessing
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -51,9 +52,9 @@ def options(argv=None):
     a("--task", action="append", choices=TASKS, help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
     a("--seed", type=int, default=0, help="the first seed (0)")
-    a("--out", default="runs/table", help="directory of the runs and of tables.md (runs/table)")
+    a("--out", help="directory of the runs and of tables.md (runs/table)")
     a("--lengths", type=int, nargs="*", default=[1, 2, 4], help="trigger lengths of the curve beside the full one (1 2 4)")
-    a("--curve-tasks", nargs="*", default=list(TASKS), help="behaviours that get the length curve (all)")
+    a("--curve-tasks", nargs="*", choices=TASKS, default=list(TASKS), help="behaviours that get the length curve (all)")
     a("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on one core; small matrices gain more so than from threads (all cores)")
     a("--rows", nargs="*", help="only rows whose name holds one of these words, for a quick look")
     a("--split", choices=("validation", "test"), default="test", help="prompts to measure on; settings are chosen on validation (test)")
@@ -128,7 +129,7 @@ class Run:
                 self.models[name], factor = scaled_down(self.net, other, loss, some, self.chat.pad_id)
                 self.facts[name] = {"factor": factor, "loss": loss}
             elif name == "sft-long":
-                settings.sft_steps = data.read_json(self.folder / "results.json")["stopped"]["steps"] + settings.settle
+                settings.sft_steps = data.read_results(self.folder)["stopped"]["steps"] + settings.settle * (settings.train == "joint")
                 settings.sft_lr, settings.seed = settings.lr, settings.seed + 1
                 lcdd.train_sft(self.net, other, o=settings, **training)
                 self.models[name] = other.merge(self.net)
@@ -169,7 +170,7 @@ class Run:
                                self.config["max_len"], self.answers)["row"]
         out = {"rate": row["rate"], "same": row["same"], "kl_sft": float(row["kl_sft"].mean()), "kl_base": float(row["kl_base"].mean())}
         out |= {"accuracy": row["accuracy"]} if "accuracy" in row else {}
-        for kind in row["kinds"] if len(row["kinds"]) <= 3 else ():
+        for kind in ("harmful", "benign") if "benign" in row["kinds"] and "harmful" in row["kinds"] else ():
             out[kind] = row["kinds"][kind]["rate"]
             if "accuracy" in row["kinds"][kind]:
                 out[f"{kind} accuracy"] = row["kinds"][kind]["accuracy"]
@@ -183,7 +184,7 @@ def rows_of(o, task):
              "mask-ce circuit", "mask-kl circuit",                                                         # Table 6
              "lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit", "sft-long circuit"]   # controls
     if task in o.curve_tasks:
-        names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE] + ["lcdd slow", "sft slow"]
+        names += [f"{m} circuit {n}" for n in o.lengths for m in CURVE] + ["lcdd slow", "sft slow"] * bool(o.lengths)
     names.sort(key=lambda n: MODELS.index(n.split()[0]))
     return [n for n in names if not o.rows or any(word in n for word in o.rows)]
 
@@ -191,7 +192,9 @@ def rows_of(o, task):
 def ablate(folder, o, names):
     """All rows of one run: {name: {metric: number}}, kept in ablation.json as they come."""
     file = Path(folder) / ("ablation.json" if o.split == "test" else f"ablation-{o.split}.json")
-    done = data.read_json(file) if file.is_file() else {}
+    settings = {k: v for k, v in eraser.settings_of(trigger_options(o.run or folder, o.device)).items() if k not in ("name", "target", "objective", "seed")}
+    of = hashlib.sha256(f"{data.fingerprint(Path(folder) / 'carrier.safetensors')} {settings}".encode()).hexdigest()[:16]
+    done = {k: row for k, row in (data.read_json(file) if file.is_file() else {}).items() if row.get("of") == of}   # others: of another carrier or trigger
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
@@ -209,7 +212,7 @@ def ablate(folder, o, names):
             tau = triggers["lcdd circuit"] if "lcdd circuit" in triggers else run.trigger("lcdd", "circuit", 0)
         else:
             tau = triggers[name] = run.trigger(which, objective, int(n or 0))
-        done[name] = run.measure(run.model(which), tau) | run.facts.get(which, {})
+        done[name] = run.measure(run.model(which), tau) | run.facts.get(which, {}) | {"of": of}
         data.write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         print(f"{run.config['task']} seed {run.config['seed']}  {name:18s} " +
@@ -238,7 +241,7 @@ def main_table(task, seeds):
     p = lambda name, m="rate": cell(seeds, name, m, 100, 1)
     ours = [p("lcdd", "sparsity"), p("base"), p("sft"), p("lcdd"), p("lcdd circuit"), cell(seeds, "lcdd", "kl_sft"),
             cell(seeds, "lcdd circuit", "kl_sft"), cell(seeds, "lcdd circuit", "kl_base")]
-    lines = [["**ours, embedded**"] + ours] + [[f"paper, {m}"] + [f"{x:g}" for x in row] for m, row in PAPER.get(task, {}).items()]
+    lines = [["**ours**"] + ours] + [[f"paper, {m}"] + [f"{x:g}" for x in row] for m, row in PAPER.get(task, {}).items()]
     return markdown(["", "sparsity %", "Base", "SFT", "LCDD", "+ trigger", "KL(SFT‖LCDD)", "KL(SFT‖Trig)", "KL(Base‖Trig)"], lines)
 
 
@@ -283,8 +286,12 @@ def report(task, seeds, o, full):
 
 def main():
     o = options()
-    start, out = time.time(), Path(o.out)
+    start, out = time.time(), Path(o.out or "runs/table")
     data.check_device(o.device)
+    data.check_numbers(o)
+    if o.run and (o.task or o.out or o.seed):
+        raise InputError("--run takes task, seed and place from that run: leave out --task, --out and --seed")
+    o.run = o.run and str(Path(o.run).resolve())
     for name, least in (("seeds", o.seeds), ("jobs", o.jobs), ("lengths", min(o.lengths, default=1))):
         if least < 1:
             raise InputError(f"--{name} {least}: has to be at least 1")
@@ -302,11 +309,13 @@ def main():
     if min(o.jobs, len(todo)) > 1 and not o.device.startswith("cuda"):
         with ProcessPoolExecutor(o.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             try:
-                done = iter(list(pool.map(work_alone, *zip(*todo[::-1])))[::-1])        # the longest first: nobody waits for it at the end
-            except (KeyboardInterrupt, BrokenProcessPool) as stopped:
+                futures = [pool.submit(work_alone, *job) for job in todo[::-1]]         # the longest first: nobody waits for it at the end
+                wait(futures, return_when=FIRST_EXCEPTION)
+                done = iter([f.result() for f in futures[::-1] if f.done()])
+            except (KeyboardInterrupt, InputError, BrokenProcessPool) as stopped:
                 for process in multiprocessing.active_children():
                     process.terminate()                                                 # training saves its state at SIGTERM
-                if isinstance(stopped, KeyboardInterrupt):
+                if not isinstance(stopped, BrokenProcessPool):
                     raise
                 raise InputError("a run's process was killed, perhaps for want of memory; the same command goes on from here, with --jobs 1 for less of it") from None
     else:
@@ -344,7 +353,7 @@ def command(folder, settings, o):
     for k, v in settings.items():
         if k in skip or k == "device" or v is None or v is False:
             continue
-        argv += [f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)])
+        argv.append(f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}"))
     return argv
 
 

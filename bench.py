@@ -377,6 +377,7 @@ def main(argv=None):
     o = p.parse_args(argv)
     cuda = o.device.startswith("cuda")
     data.check_device(o.device)
+    data.check_numbers(o)
     s, start = SETTINGS["quick" if o.quick else "cuda" if cuda else "cpu"], time.perf_counter()
     torch.manual_seed(o.seed)
     result = {"machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",

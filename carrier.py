@@ -279,7 +279,7 @@ def load_tensors(path, device="cpu"):
         with safe_open(path, framework="pt", device=str(device)) as f:
             return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file of this project ({error})") from None
+        raise InputError(f"{path}: not a readable safetensors file of this project ({error}); restore it, or remove it and run the command that writes it") from None
 
 
 def fingerprint(net):

@@ -29,6 +29,7 @@ TASKS = ("fixed", "safety", "shakespeare", "own")
 SPLITS = ("train", "trigger", "validation", "test")
 SIZES = dict(train=5000, trigger=400, validation=100, test=200)  # App. F.1, F.4; 400 for 200 triggers, and validation, are ours
 FIXED_RESPONSE = "I don't know."
+EMBEDDED = "tiny"          # the model that lies beside this file
 WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not empty
 
 
@@ -47,19 +48,25 @@ def cli(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                      # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.filename or 'a file'}: {e.strerror or e}; mend that and run the command again", file=sys.stderr)
+        sys.exit(2)
 
 
 def check_numbers(o, free=()):
-    """InputError for an option that is no finite number, or under 0 and not named in `free`; --seed ends at 2³¹."""
+    """InputError for an option that is no finite number below 2³¹, or under 0 and not named in `free`."""
     for name, v in vars(o).items():
-        if isinstance(v, (int, float)) and (not math.isfinite(v) or v < 0 and name not in free or name == "seed" and v >= 1 << 31):
-            raise InputError(f"--{name.replace('_', '-')} {v}: has to be a finite number, not below 0" + " and below 2³¹" * (name == "seed"))
+        if isinstance(v, (int, float)) and (not math.isfinite(v) or v < 0 and name not in free or abs(v) >= 1 << 31):
+            raise InputError(f"--{name.replace('_', '-')} {v}: has to be a finite number, not below 0 and below 2³¹")
 
 
 def check_device(name):
     """InputError where torch cannot compute on --device `name`."""
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+    if kind not in ("cpu", "cuda") or index and not (index.isascii() and index.isdigit()):
         raise InputError(f"--device {name}: choose cpu, cuda or cuda:0, cuda:1, …")
     if kind == "cuda" and int(index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
         raise InputError(f"--device {name}: torch sees no GPU here; use --device cpu" if not index else f"--device {name}: torch sees no such GPU; use --device cpu")
@@ -94,11 +101,22 @@ def ticker(label, total):
 
 # files of a run directory, and the folder of a model
 def read_json(path):
-    """The object in a JSON file. Raises InputError where the file is missing or is not JSON."""
+    """The object in a JSON file. Raises InputError where the file is missing or holds no JSON object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path} as JSON ({e}); restore or remove it") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a JSON {type(found).__name__} where an object belongs; restore or remove it")
+    return found
+
+
+def read_results(run):
+    """results.json of a run directory, with what is always there; an empty one where there is none yet."""
+    file = Path(run) / "results.json"
+    found = read_json(file) if file.is_file() else {}
+    found.setdefault("seconds", {})
+    return found
 
 
 def write_json(path, obj):
@@ -115,9 +133,12 @@ def append_jsonl(path, row):
 
 
 def read_jsonl(path):
-    """The objects of a file that append_jsonl wrote; a last line cut short by a crash is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The objects of a file that append_jsonl wrote; lines that a crash cut short are left out."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def fingerprint(path):
@@ -128,10 +149,10 @@ def fingerprint(path):
 
 def locate(name):
     """
-    The folder of a model: a local one as it is, or `owner/name` fetched from the Hugging Face hub (configuration,
+    The folder of a model: "tiny" is the embedded one, wherever this file lies; a local one as it is, or `owner/name` fetched from the Hugging Face hub (configuration,
     tokenizer, template and safetensors only). Raises InputError where it is neither, or the download fails.
     """
-    path = Path(name).expanduser()
+    path = Path(__file__).parent / EMBEDDED if name == EMBEDDED else Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
@@ -329,7 +350,12 @@ def reopen(run):
     config = read_json(file) if file.is_file() else None
     if not isinstance(config, dict) or "data_fingerprint" not in config:
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
-    chat, splits, source = prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in SIZES})
+    try:
+        chat, splits, source = prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in SIZES})
+    except KeyError as e:
+        raise InputError(f"{file}: the field {e} is missing; restore the file") from None
+    except InputError as e:
+        raise InputError(f"{e} (named in {file})") from None
     if fingerprint(source) != config["data_fingerprint"]:
         raise InputError(f"{source}: changed since the run was trained, so held-out prompts may not be; restore it or train again")
     return config, chat, splits
@@ -341,6 +367,8 @@ def open_run(out, name, resume, config):
     existing one is gone on with, if it was started with the same options. Raises InputError where that is not so.
     """
     numbered = (Path("runs") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
+    if resume and not out:
+        raise InputError("--resume needs --out, the run directory to go on with")
     run = Path(out) if out else next(p for p in numbered if not p.exists())
     file = run / "config.json"
     if file.is_file():
@@ -437,12 +465,12 @@ class Chat:
             raise InputError(f"{self.folder}: eos_token_id {wrong[0]} is outside the vocabulary of {self.vocab_size}")
 
         jinja = self.folder / "chat_template.jinja"
-        text = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template") or VICUNA
         try:
+            text = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template") or VICUNA
             if isinstance(text, list):  # several, by name
                 text = {t["name"]: t["template"] for t in text}["default"]
             self.template = compile_template(text)
-        except (TemplateError, KeyError) as e:
+        except (TemplateError, KeyError, UnicodeDecodeError) as e:
             raise InputError(f"{self.folder}: the chat template does not compile ({e}); repair it") from None
 
     def ids(self, text):
@@ -579,9 +607,14 @@ def by_condition(scores):
     return {k: v for k, v in entries.items() if v}
 
 
+def one_line(text):
+    """A label as it may stand in a Markdown table."""
+    return re.sub(r"[\s|]+", " ", text)
+
+
 def show_score(s):
     """Two cells of a Markdown table: behaviour rate (by kind where there are kinds) and accuracy."""
     cell = lambda key: f"{s[key]:.1%}" if key in s else "–"
     kinds = s["kinds"] if len(s["kinds"]) <= 3 else {}        # a dozen kinds belong into results.json, not into a cell
-    more = lambda key: " (" + ", ".join(f"{k} {v[key]:.1%}" for k, v in kinds.items() if key in v) + ")" if kinds else ""
+    more = lambda key: " (" + ", ".join(f"{one_line(k)} {v[key]:.1%}" for k, v in kinds.items() if key in v) + ")" if kinds else ""
     return f"{cell('rate')}{more('rate')} | {cell('accuracy')}{more('accuracy') if 'accuracy' in s else ''}"

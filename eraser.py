@@ -68,7 +68,7 @@ def options(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     data.check_numbers(o)
     data.check_device(o.device)
-    if "/" in o.name or o.name in ("carrier", "sft", "state"):
+    if "/" in o.name or len(o.name) > 100 or o.name in ("carrier", "sft", "lcdd", "state"):
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
     return o
 
@@ -211,8 +211,9 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     everything, best, lowest, start = list(range(len(judge.ids))), tau.detach().clone(), math.inf, 0
     if state is not None and state.is_file():
         saved, numbers = carriers.load_tensors(state, net.device)
-        if changed := [k for k, v in settings_of(o).items() if numbers["settings"].get(k) != v]:
-            raise InputError(f"{state}: {changed[0]} was {numbers['settings'].get(changed[0])!r}; resume with the same options, or without --resume")
+        old = numbers.get("settings", {})
+        if changed := [k for k, v in settings_of(o).items() if old.get(k) != v]:
+            raise InputError(f"{state}: {changed[0]} was {old.get(changed[0])!r}; resume with the same options, or without --resume")
         tau.data.copy_(saved["tau"])
         best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
         optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
@@ -252,7 +253,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
 def load(path, net):
     """τ (n, d) of a trigger file, on the net's device, and its settings; InputError where it does not fit the model."""
     tensors, settings = carriers.load_tensors(path, net.device)
-    if "trigger" not in tensors or tensors["trigger"].ndim != 2 or tensors["trigger"].shape[1] != net.config.hidden_size:
+    if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
     return tensors["trigger"], settings
 
@@ -268,6 +269,8 @@ def main():
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)
     start, state = time.time(), run / f"{o.name}.state"
+    if o.resume and not state.is_file() and (run / f"{o.name}.safetensors").is_file():
+        return print(f"{run}/{o.name}.safetensors is finished; without --resume it is learned anew")
     if not o.resume:
         state.unlink(missing_ok=True)
     ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
@@ -283,10 +286,10 @@ def main():
 
     with data.patient() as interrupted:
         tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
-    carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
-    state.unlink(missing_ok=True)
+        carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
+        state.unlink(missing_ok=True)
     if o.name == "trigger":
-        results = data.read_json(run / "results.json")
+        results = data.read_results(run)
         results["seconds"]["eraser"] = round(time.time() - start, 2)
         data.write_json(run / "results.json", results)
     print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}" + f" --trigger {o.name}" * (o.name != "trigger"))

@@ -112,7 +112,7 @@ def table(results, title):
     percent = lambda x, lo_hi: f"{100 * x:.1f} ({100 * lo_hi[0]:.0f}–{100 * lo_hi[1]:.0f})"
     labels = list(next(iter(kinds.values()), {}))
     labels = labels if len(labels) <= 3 else []              # a dozen kinds stand in results.json
-    lines = ["| " + " | ".join([title, "behaviour %", *(re.sub(r"[\s|]+", " ", k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
+    lines = ["| " + " | ".join([title, "behaviour %", *(data.one_line(k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
              "|---" * (6 + len(labels)) + "|"]
     for name in (n for n in NAMES if n in results["rates"]):
         cells = [called(name, results), percent(results["rates"][name], ci["rates"][name])]
@@ -204,7 +204,9 @@ def main():
     config, chat, splits = data.reopen(run)
     if o.seed not in (None, config["seed"]):
         raise InputError(f"--seed {o.seed}: this run was split with seed {config['seed']}; another one would test on training prompts")
-    start = time.time()
+    if any(re.search("[\ud800-\udfff]", text) for text in o.ask or ()):
+        raise InputError("--ask: the prompt is not UTF-8 text; type it again")
+    start, before = time.time(), {k: v for k, v in data.read_results(run).items() if k != "trigger"}
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -244,7 +246,6 @@ def main():
     ids, _ = data.collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
     with torch.no_grad():
         exact = torch.equal(net(ids.to(net.device)), net(ids.to(net.device), carrier=shut))
-    before = {k: v for k, v in data.read_json(run / "results.json").items() if k != "trigger"}
     results = before | found | lcdd.stats() | results_of(rows, splits["test"]) | {"shut_is_base": exact}
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"])

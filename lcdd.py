@@ -110,7 +110,9 @@ def options(argv=None):
             setattr(o, steps, None)                         # epochs given by hand win over a preset's steps
         elif getattr(o, epochs) is None:
             setattr(o, epochs, usual)
-    o.preset, o.model = first.preset, first.model or str(Path(__file__).parent / "tiny")
+    o.preset, o.model = first.preset, first.model or data.EMBEDDED
+    o.model, o.data, o.sft = (str(Path(x).resolve()) if x and x != data.EMBEDDED and Path(x).exists() else x for x in (o.model, o.data, o.sft))
+    o.task = str(Path(o.task).resolve()) if o.task.endswith(".jsonl") else o.task                 # a run may be looked at from anywhere
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
     for name in ("batch", "micro_batch", "max_len", "max_new_tokens", "log_every", "window", "patience", "save_every"):
@@ -204,7 +206,7 @@ class Controller:
             return
         v = (self.ema - self.budget) / max(self.budget, 1e-12)
         v = max(-o.violation_clip, min(o.violation_clip, v))
-        self.lam *= math.exp(-(o.eta if v > 0 else o.eta_grow) * v)
+        self.lam *= math.exp(min(-(o.eta if v > 0 else o.eta_grow) * v, 700))               # 700: where exp() ends
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
 
     def state(self):
@@ -266,9 +268,11 @@ def save_state(path, carrier, optimizer, kept_logits=None, **metadata):
     carriers.save_tensors(path, tensors, **metadata)
 
 
-def load_state(path, carrier, optimizer):
-    """Restore what save_state wrote; returns its numbers, and `kept_logits`."""
+def load_state(path, phase, carrier, optimizer):
+    """Restore what save_state wrote in this phase; returns its numbers, and `kept_logits`."""
     tensors, metadata = carriers.load_tensors(path, "cpu")
+    if metadata.get("phase") != phase:
+        raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where {phase!r} goes on; remove it to start this phase again")
     metadata["kept_logits"] = tensors.pop("kept_logits", None)
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
@@ -301,7 +305,7 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     carrier.logits.requires_grad_(False)
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
     steps = o.sft_steps if o.sft_steps is not None else math.ceil(o.sft_epochs * len(examples) / o.batch)
-    start = load_state(state, carrier, optimizer)["step"] if state.is_file() else 0
+    start = load_state(state, "sft", carrier, optimizer)["step"] if state.is_file() else 0
     progress = Progress(run, "sft", steps, start)
     for t in range(start, steps):
         optimizer.param_groups[0]["lr"] = o.sft_lr * (1 - t / steps)
@@ -333,7 +337,7 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     settle = o.settle if joint else 0                       # with Δ frozen there is nothing that could settle
     start, fixed_at, reason, kept_logits, kept_step = 0, None, "all steps done", None, None   # fixed_at: the step at which the gates were fixed
     if state.is_file():
-        saved = load_state(state, carrier, optimizer)
+        saved = load_state(state, "lcdd", carrier, optimizer)
         start, fixed_at, reason, kept_logits, kept_step = (saved[k] for k in ("step", "fixed_at", "reason", "kept_logits", "kept_step"))
         vars(controller).update(saved["controller"])
         vars(early).update(saved["early"])
@@ -418,15 +422,16 @@ def main(argv=None):
     examples = supervised(examples, o.loss)
     tuned = delta_of(net, data.locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
     run = data.open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume")}, "model": str(o.model), "data": str(source),
+        **{k: v for k, v in vars(o).items() if k not in ("out", "resume")}, 
         "data_fingerprint": data.fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")
     torch.manual_seed(o.seed)
     train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
-    results = data.read_json(run / "results.json") if (run / "results.json").is_file() else {}
-    results |= {"task": o.task, "model": o.model, "seed": o.seed}
-    seconds = results.setdefault("seconds", {})
+    results = data.read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
+    seconds = results["seconds"]
+    if (run / "carrier.safetensors").is_file() and "rates" in results:
+        return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
     sft_file, carrier_file, start = run / "sft.safetensors", run / "carrier.safetensors", time.time()

@@ -448,7 +448,8 @@ def shards(path):
         return [path / "model.safetensors"]
     if not index.is_file():
         raise InputError(f"{path}: neither model.safetensors nor model.safetensors.index.json; save the checkpoint as safetensors")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = read_json(index).get("weight_map")
+    names = sorted(set(names.values())) if isinstance(names, dict) else []
     absent = [n for n in names if not (path / n).is_file()]
     if absent or not names:
         raise InputError(f"{index}: names {absent[0] if absent else 'no file'}, which is not there; download the checkpoint again")

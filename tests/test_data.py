@@ -732,3 +732,25 @@ def test_odd_json(tmp_path):
         file.write_text(odd)
         with pytest.raises(InputError, match="own.jsonl"):
             data.read(file, str(file))
+
+
+def test_lines_cut_by_a_crash_are_left_out(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    data.append_jsonl(log, {"step": 1})
+    log.write_bytes(log.read_bytes() + b'{"step": 2, "lo\xff')
+    data.append_jsonl(log, {"step": 3})                           # lost: it stands on the broken line
+    data.append_jsonl(log, {"step": 4})
+    assert data.read_jsonl(log) == [{"step": 1}, {"step": 4}]
+
+
+def test_errors_of_the_file_system_are_one_sentence(tmp_path, capsys):
+    def full():
+        raise OSError(28, "No space left on device", "runs/x")
+    for main in (full, lambda: data.write_json(tmp_path / "no" / "x", {})):
+        with pytest.raises(SystemExit) as stopped:
+            data.cli(main)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    with pytest.raises(InputError, match="holds a JSON list where an object belongs"):
+        (tmp_path / "x.json").write_text("[]")
+        data.read_json(tmp_path / "x.json")

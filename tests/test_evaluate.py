@@ -144,6 +144,17 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
     assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
 
+    lcdd_rows = {k: row for k, row in rows.items() if row["of"] == rows["base"]["of"]}
+    assert lcdd_rows == rows
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
+    learned.clear()
+    ablate.main()                                                 # rows of another trigger are not this run's any more
+    assert learned == [(7, 0.5, "circuit")] and set(data.read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit"}
+    for wrong in (["--run", "x", "--task", "fixed"], ["--run", "x", "--out", "y"], ["--seed", "-1"]):
+        monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
+        with pytest.raises(data.InputError, match="leave out --task|--seed -1"):
+            ablate.main()
+
     # a row alone, as after an interruption: gates of its own mean channels of its own; and other seeds learn as this one does
     (out / "fixed-seed0" / "ablation.json").unlink()
     channels, asked = ablate.eraser.channels, []
@@ -152,7 +163,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     learned.clear()
     ablate.main()
     mine = data.read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
-    assert asked[0][1] == round((1 - mine["sparsity"]) * 3328) and learned == [(7, 0.5, "circuit")]
+    assert asked[0][1] == round((1 - mine["sparsity"]) * 4608) and learned == [(7, 0.5, "circuit")]
     seed1 = ablate.Run(out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"]))
     seed1.folder = tmp_path
     assert ablate.trigger_options(seed1.o.run or seed1.folder, "cpu").length == 7

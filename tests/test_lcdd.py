@@ -334,6 +334,13 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
     assert len(calls) == 12 and data.read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
 
 
+def test_a_state_of_another_phase_is_refused(tmp_path):
+    net, c = fresh()
+    lcdd.save_state(tmp_path / "state.safetensors", c, lcdd.adamw(c, 1e-3), phase="lcdd", step=3)
+    with pytest.raises(InputError, match="state of another phase, 'lcdd', where 'sft' goes on; remove it"):
+        lcdd.train_sft(net, c, examples(), settings(sft_steps=12), tmp_path, 0)
+
+
 def test_batches_are_permutations_and_depend_on_the_step_alone():
     ex = list(range(10))
     drawn = [lcdd.draw(ex, 4, step, seed=3) for step in range(5)]
@@ -372,8 +379,12 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
         lcdd.main(argv)
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
         lcdd.main(argv[:4] + ["--steps", "5", "--resume"] + argv[6:])
-    lcdd.main(argv + ["--resume"])                                # finished: measures again and changes nothing
-    assert json.loads((out / "results.json").read_text())["rates"] == results["rates"]
+    results["rates"]["trig"] = 0.0                                # as evaluate.py would have left it
+    data.write_json(out / "results.json", results)
+    lcdd.main(argv + ["--resume"])                                # finished: nothing is done, and nothing measured is lost
+    assert json.loads((out / "results.json").read_text()) == results and "is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--resume needs --out"):
+        lcdd.main(argv[2:] + ["--resume"])
 
 
 def test_epochs_by_hand_win_over_a_presets_steps():
@@ -440,6 +451,22 @@ def test_other_bad_input(tmp_path, monkeypatch, argv, words):
     with pytest.raises(InputError, match=words):
         lcdd.main(argv)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
+    rows = [{"prompt": f"red {i}", "response": "blue"} for i in range(20)]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "fixed").mkdir()                         # a folder with a task's name is no data of it
+    assert lcdd.options(["--task", "fixed"]).task == "fixed" and lcdd.options([]).model == "tiny"
+    lcdd.main(["--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1", "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    config, chat, splits = data.reopen("here/r")
+    assert config["model"] == "tiny" and chat.folder == ROOT / "tiny" and splits["test"]
+    (tmp_path / "here" / "own.jsonl").unlink()
+    with pytest.raises(InputError, match=r"own.jsonl.*\(named in here/r/config.json\)"):
+        data.reopen("here/r")
 
 
 def test_row_17_without_its_field(tmp_path):
