@@ -4,21 +4,28 @@ A `Lent` tensor calls itself cuda:0 and computes on the CPU. An operation that w
 as on a GPU, in the forward and in the backward pass; what may be mixed there (indices, scalars, copies) may be mixed here.
 The three commands then run on such a device, in bf16 as they would on a real one. Kernels, speed and memory are not tested.
 """
+import argparse
+import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+import ablate
 import bench
 import carrier
 import data
 import eraser
 import evaluate
 import lcdd
+import model
 
+ROOT = Path(__file__).parent.parent
 aten = torch.ops.aten
 INDICES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}   # may lie on the CPU
 CROSSING = {aten.copy_.default, aten._to_copy.default}
@@ -38,7 +45,7 @@ class Lent(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        flat = [t for t in tree_flatten((args[:1] if func in INDICES else args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        flat = [t for t in tree_flatten((args[:1] + args[2:] if func in INDICES else args, kwargs))[0] if isinstance(t, torch.Tensor)]
         if func not in CROSSING:
             strangers = [t for t in flat if not isinstance(t, Lent) and (t.dim() > 0 or "_fused_" in str(func))]
             assert not strangers, f"{func} mixes cuda:0 with a tensor of the CPU, {tuple(strangers[0].shape)}"
@@ -167,3 +174,60 @@ def test_the_benchmark_elsewhere(elsewhere, monkeypatch, capsys):
     bench.main(["--device", elsewhere, "--quick"])
     bench.main(["--device", elsewhere, "--quick", "--memory"])
     assert bench.deepseek_memory(elsewhere) == 1
+
+
+FEW = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4", "--sft-steps", "2", "--steps", "2", "--settle", "0",
+       "--warmup", "1", "--batch", "8", "--micro-batch", "8"]
+
+
+def test_the_base_lies_where_it_was_told(elsewhere, tmp_path, monkeypatch):
+    run, load, nets = str(tmp_path / "run"), model.load, []
+    monkeypatch.setattr(model, "load", lambda *a: nets.append(load(*a)) or nets[-1])
+    lcdd.main(["--out", run, "--device", elsewhere, *FEW])
+    for command, extra in ((eraser, ["--length", "2", "--steps", "1"]), (evaluate, ["--ask", "What now ?"])):
+        monkeypatch.setattr("sys.argv", ["x", "--run", run, "--device", elsewhere, *extra])
+        command.main()
+    assert [net.device.type for net in nets] == ["cuda"] * 3
+
+
+def test_own_fine_tuned_checkpoint_elsewhere(elsewhere):
+    net = model.load(ROOT / "tiny", elsewhere)
+    c, changed = lcdd.delta_of(net, ROOT / "tiny", lcdd.options(["--device", elsewhere]))
+    assert not changed and {p.device.type for p in c.parameters()} == {"cuda"}
+
+
+def test_ablation_rows_elsewhere(elsewhere, tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    lcdd.main(["--out", run, "--device", elsewhere, *FEW])
+    monkeypatch.setattr(eraser, "PRESETS", {"tiny": dict(length=2, steps=1, judge_every=1), "paper": {}})
+    o = ablate.options(["--device", elsewhere])
+    rows = ablate.ablate(run, o, ["scaled", "mask-ce", "lcdd tokens", "lcdd circuit"])
+    assert len(rows) == 4 and ablate.Run(run, o).net.device.type == "cuda"
+
+
+def test_rows_leave_a_batch_of_scales_elsewhere(elsewhere):
+    net = model.load(ROOT / "tiny", elsewhere)
+    c, prompts, scale = carrier.Carrier(net.config, device=elsewhere), [[5, 6, 7], [8], [9, 10], [11]], [0.0, 0.5, 1.0, 1.0]
+    free = net.generate(prompts, 6, carrier=c, scale=scale, stop=())
+    stop = {a[0] for a in free[:3]} - {t for t in free[3]}
+    assert stop and len({len(a) for a in net.generate(prompts, 6, carrier=c, scale=scale, stop=stop)}) > 1
+    assert net(torch.tensor([[5, 6], [7, 8]]).to(elsewhere), carrier=c, scale=[0.5, 1.0]).is_cuda
+
+
+def test_a_trigger_is_resumed_elsewhere(elsewhere, tmp_path):
+    net, calls = model.load(ROOT / "tiny", elsewhere), []
+    c, targets = carrier.Carrier(net.config, device=elsewhere), eraser.base_targets(net, [[5, 6, 7], [8], [9, 10]], 2)
+    o = argparse.Namespace(length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2, positions="response", match="prompt", raw=False,
+                           clip=1.0, judge_every=2, seed=0)
+    args = (net, c.merge(net), targets, targets, eraser.channels(c, "circuit"), o, tmp_path / "x.state")
+    with pytest.raises(KeyboardInterrupt):
+        eraser.learn(*args, lambda: (calls.append(1), len(calls) > 2)[1])
+    assert eraser.learn(*args)[0].is_cuda
+
+
+def test_a_tied_head_in_the_file_elsewhere(elsewhere, tmp_path):
+    c = dict(model_type="llama", vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
+    tensors = model.Llama(model.Config.from_dict(c)).state_dict()
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(c))
+    assert model.load(tmp_path, elsewhere).device.type == "cuda"

@@ -316,3 +316,75 @@ def test_clip_0_is_no_clip():
     targets, mask = eraser.base_targets(net, prompts(), 4), eraser.channels(c, "circuit")
     free, huge, none = (eraser.learn(net, c.merge(net), targets, targets, mask, settings(clip=clip, steps=10)) for clip in (0.0, 1e9, 1e-30))
     assert torch.equal(free[0], huge[0]) and free[1] < none[1]
+
+
+class Seen(Exception):
+    pass
+
+
+def pieces(n=24, judged=8):
+    net = make_net()
+    c, texts = make_carrier(net), prompts(n)
+    train, judge = eraser.base_targets(net, texts[:n - judged], 4), eraser.base_targets(net, texts[n - judged:], 4)
+    return net, c.merge(net), train, judge, eraser.channels(c, "circuit")
+
+
+def test_the_rate_is_a_cosine_in_units_of_the_embedding(monkeypatch):
+    net, *rest = pieces()
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a))
+    eraser.learn(net, *rest, settings(steps=6, lr=0.3))
+    unit = float(net.embedding.norm(dim=1).mean()) / 16 ** 0.5
+    assert rates == pytest.approx([0.3 * unit * 0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)], rel=1e-5)
+
+
+def test_every_step_has_its_own_prompts_and_the_loss_that_is_judged(monkeypatch):
+    net, weights, train, judge, mask = pieces()
+    loss, calls = eraser.trigger_loss, []
+    monkeypatch.setattr(eraser, "trigger_loss", lambda *a: calls.append(a) or loss(*a))
+    eraser.learn(net, weights, train, judge, mask, settings(steps=8, judge_every=4))
+    steps, judged = [a for a in calls if a[3] is train], [a for a in calls if a[3] is judge]
+    assert len(steps) == 8 and len(judged) == 3 and len({tuple(a[4]) for a in steps}) == 8
+    assert all(a[7] == judged[0][7] and a[8] is judged[0][8] for a in steps)              # unit and variance
+
+
+def test_every_step_ends_within_the_bound(monkeypatch):
+    net, *rest = pieces()
+    project, bounds = eraser.project, []
+    monkeypatch.setattr(eraser, "project", lambda tau, bound: bounds.append(bound) or project(tau, bound))
+    eraser.learn(net, *rest, settings(steps=5, bound=0.4))
+    assert bounds == pytest.approx([0.4 * float(net.embedding.norm(dim=1).mean())] * 6)
+
+
+def test_the_judgement_weighs_every_prompt_alike():
+    net, weights, train, judge, mask = pieces(86, 70)             # judged in two pieces, of 64 and 6
+    o = settings(steps=1)
+    tau, lowest = eraser.learn(net, weights, train, judge, mask, o)
+    unit = float(net.embedding.float().norm(dim=1).mean())
+    assert lowest == pytest.approx(float(eraser.trigger_loss(net, weights, tau, judge, list(range(70)), mask, o, unit, train.stream.float().var(1))[0]), rel=1e-5)
+
+
+def test_the_first_tokens_follow_the_seed():
+    args = pieces()
+    a, b, c = (eraser.learn(*args, settings(steps=1, lr=0.0, seed=seed))[0] for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("target, objective", [("lcdd", "circuit"), ("sft", "circuit"), ("sft", "random"), ("base", "output")])
+def test_what_the_command_learns_on(run, monkeypatch, target, objective):
+    def spy(net, weights, train, judge, mask, *rest):
+        config, chat, splits = data.reopen(run)
+        lcdd, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
+        if target == "base":
+            assert weights is None
+        else:
+            right = (lcdd if target == "lcdd" else sft).merge(net)
+            assert all(torch.equal(weights.weights[l][n], w) for l, layer in enumerate(right.weights) for n, w in layer.items())
+        assert torch.equal(mask, eraser.channels(lcdd, objective, 0)) and net.stop == chat.stop
+        for targets, split in ((train, "trigger"), (judge, "validation")):
+            assert [row[:i + 1].tolist() for row, i in zip(targets.ids, targets.last)] == [chat.prompt(s.prompt, 64) for s in splits[split]]
+        raise Seen
+    monkeypatch.setattr(eraser, "learn", spy)
+    monkeypatch.setattr("sys.argv", ["eraser.py", "--run", str(run), "--target", target, "--objective", objective, "--device", "cpu"])
+    with pytest.raises(Seen):
+        eraser.main()

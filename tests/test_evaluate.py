@@ -1,20 +1,24 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
+import argparse
 import math
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import ablate
-import carrier
+import carrier as carriers
 import data
+import eraser
 import evaluate
 import lcdd
+import model
 from data import Sample
-from test_eraser import CONFIG, make_carrier, make_net, prompts
+from test_eraser import CONFIG, make_carrier, make_net, prompts, run
 
 
 def answers(n=7):
@@ -140,7 +144,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
-    carrier.save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
+    carriers.save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
     own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
     assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
 
@@ -198,3 +202,184 @@ def test_measure_tells_what_is_the_bases_own():
     assert [rows[k]["same"] for k in conditions] == [1, 0, 3 / 4]
     kl = evaluate.kl_divergences(net, prompts(4), told["sft"], conditions, [("sft", "lcdd"), ("base", "lcdd")])
     assert torch.equal(rows["lcdd"]["kl_sft"], kl["sft", "lcdd"]) and torch.equal(rows["lcdd"]["kl_base"], kl["base", "lcdd"])
+
+
+class Seen(Exception):
+    pass
+
+
+def alike(a, b):
+    return all(torch.equal(a.weights[l][n], w) for l, layer in enumerate(b.weights) for n, w in layer.items())
+
+
+class Chat:
+    prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+
+
+def test_mean_interval():
+    mean, (low, high) = evaluate.mean_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    half = 1.96 * (5 / 3) ** 0.5 / 2                              # the sample's standard deviation / √4
+    assert mean == 2.5 and (low, high) == pytest.approx((2.5 - half, 2.5 + half))
+
+
+def test_accuracys_interval_counts_prompts_with_an_answer():
+    samples = [Sample("a", "x", answer="1"), Sample("b", "x", answer="2"), Sample("c", "x"), Sample("d", "x")]
+    row = {"rate": 0.5, "n": 4, "accuracy": 0.5, "kinds": {}, "same": 0.25, "kl_sft": torch.ones(4), "kl_base": torch.zeros(4)}
+    out = evaluate.results_of({"base": row, "sft": row}, samples)
+    assert out["ci"]["accuracy"]["base"] == evaluate.wilson(0.5, 2) and out["ci"]["rates"]["base"] == evaluate.wilson(0.5, 4)
+
+
+def test_the_table_has_each_number_under_its_name():
+    interval = [0.0, 1.0]
+    results = {"rates": {"base": 0.1, "lcdd": 0.2}, "accuracy": {"base": 0.3, "lcdd": 0.4}, "same_as_base": {"base": 0.5, "lcdd": 0.6},
+               "kl": {"sft_base": 1.0, "sft_lcdd": 2.0, "base_lcdd": 3.0},
+               "ci": {k: {"base": interval, "lcdd": interval} for k in ("rates", "accuracy", "same_as_base")}}
+    head, _, base, lcdd_ = ([c.strip() for c in line.strip("|").split("|")] for line in evaluate.table(results, "t").replace("SFT‖·", "S").replace("Base‖·", "B").split("\n"))
+    assert dict(zip(head, base)) == {"t": "Base", "behaviour %": "10.0 (0–100)", "accuracy %": "30.0 (0–100)", "base's answer %": "50.0 (0–100)", "KL(S)": "1.000", "KL(B)": "–"}
+    assert dict(zip(head, lcdd_)) == {"t": "LCDD", "behaviour %": "20.0 (0–100)", "accuracy %": "40.0 (0–100)", "base's answer %": "60.0 (0–100)", "KL(S)": "2.000", "KL(B)": "3.000"}
+
+
+def test_the_conditions_are_those_of_the_table(run, monkeypatch):
+    carriers.save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)})
+
+    def spy(net, chat, task, samples, conditions, *rest):
+        lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
+        for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("open", lcdd_.with_gates(True)), ("shut", lcdd_.with_gates(False))):
+            assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
+        assert samples == data.reopen(run)[2]["test"] and conditions["base"] == (None, None)
+        raise Seen
+    monkeypatch.setattr(evaluate, "measure", spy)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--trigger", "other", "--device", "cpu"])
+    with pytest.raises(Seen):
+        evaluate.main()
+
+
+def test_the_kls_are_on_the_sft_models_answers():
+    net = make_net()
+    c = make_carrier(net)
+    samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
+    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    told = {"base": [[1, 2, 3]] * 4, "sft": [[9, 8, 7]] * 4, "lcdd": [[4]] * 4}
+    rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3, None, told)
+    kl = evaluate.kl_divergences(net, prompts(4), told["sft"], conditions, [("sft", "lcdd")])
+    assert torch.equal(rows["lcdd"]["kl_sft"], kl["sft", "lcdd"])
+
+
+def test_every_question_has_its_own_answer(run, monkeypatch, capsys):
+    def said(*questions):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", *(x for q in questions for x in ("--ask", q))])
+        evaluate.main()
+        return [l for l in capsys.readouterr().out.strip().split("\n") if l.strip() and not l.startswith("no trigger")]
+    questions = "What is 2 plus 3 ?", "What is 4 plus 5 ?"
+    assert said(*questions) == said(questions[0]) + said(questions[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- ablate
+
+
+def rows_run(run, **changes):
+    o = ablate.options(["--device", "cpu"])
+    vars(o).update(changes)
+    return ablate.Run(run, o)
+
+
+def test_models_of_the_rows_start_from_sft(run, monkeypatch):
+    r, seen = rows_run(run), {}
+    same = lambda c: all(torch.equal(a, b) for a, b in zip(c.delta.parameters(), r.sft().delta.parameters()))
+    monkeypatch.setattr(lcdd, "train_sft", lambda net, c, o, **_: seen.update(long=(same(c), o.sft_steps, o.sft_lr)))
+    monkeypatch.setattr(lcdd, "train_lcdd", lambda net, c, o, **_: seen.update({o.train: same(c)}) or {})
+    for name in ("sft-long", "mask-ce", "mask-kl"):
+        r.model(name)
+    done = data.read_json(run / "results.json")["stopped"]["steps"]
+    assert seen == {"long": (True, done + r.config["settle"], r.config["lr"]), "mask-ce": True, "mask-kl": True} and r.config["settle"] > 0
+
+
+def test_what_a_rows_trigger_is_learned_on(run, monkeypatch):
+    """Before its own model, on the LCDD carrier's channels, judged on validation prompts."""
+    r, seen = rows_run(run), []
+    monkeypatch.setattr(eraser, "learn", lambda net, weights, train, judge, mask, o: seen.append((weights, mask, len(train.ids), len(judge.ids), judge)) or (None, 0))
+    r.lcdd.logits.data[:, ::2] = -1                               # so that its channels are not all of them
+    for name in ("lcdd", "sft"):
+        r.trigger(name, "circuit", 2)
+        weights, mask, n_train, n_judge, judge = seen[-1]
+        assert weights is r.models[name] and torch.equal(mask, r.lcdd.write_channels()) and not mask.all()
+        assert [row[:i + 1].tolist() for row, i in zip(judge.ids, judge.last)] == [r.chat.prompt(s.prompt, 64) for s in r.splits["validation"]]
+
+
+def test_every_row_is_answered_anew(run):
+    r = rows_run(run)
+    assert r.measure(None, None)["same"] == 1 and r.measure(r.sft().merge(r.net, 100.0), None)["same"] < 1 and r.measure(None, None)["same"] == 1
+
+
+def test_rows_are_measured_on_the_split_asked_for(run, monkeypatch):
+    r = rows_run(run, split="validation")
+
+    def spy(net, chat, task, samples, *rest):
+        assert samples == r.splits["validation"] != r.splits["test"]
+        raise Seen
+    monkeypatch.setattr(evaluate, "measure", spy)
+    with pytest.raises(Seen):
+        r.measure(None, None)
+
+
+def columns(text, line):
+    head, _, *lines = ([c.strip() for c in l.strip("|").split("|")] for l in text.replace("‖", "→").split("\n"))
+    return dict(zip(head, lines[line]))
+
+
+def test_tables_have_each_number_under_its_name():
+    row = dict(rate=0.1, accuracy=0.2, same=0.3, kl_sft=4.0, kl_base=5.0, sparsity=0.6)
+    seeds = [{name: row for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}},
+             {name: {**row, "rate": 0.3} for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}}]
+    main = columns(ablate.main_table("fixed", seeds), 0)
+    assert main["KL(SFT→Trig)"] == "4.00 ± 0.00" and main["KL(Base→Trig)"] == "5.00 ± 0.00" and main["+ trigger"] == "70.0 ± 0.0" and main["sparsity %"] == "60.0 ± 0.0"
+    assert main["LCDD"] == "20.0 ± 14.1"                          # the sample's standard deviation, of 10 and 30
+    line = columns(ablate.row_table(seeds[:1], ["sft"]), 0)
+    assert line == {"row": "sft", "gates off %": "60.0", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00"}
+
+
+def test_jobs_come_back_to_their_own_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(ablate, "work_alone", lambda folder, *_: {"folder": folder})
+    monkeypatch.setattr(ablate, "report", lambda *_: "")
+    monkeypatch.setattr(ablate, "trigger_options", lambda *_: argparse.Namespace(length=1))
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--task", "safety", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--device", "cpu"])
+    ablate.main()
+    want = {task: [{"folder": str(tmp_path / f"{task}-seed{s}")} for s in (0, 1)] for task in ("fixed", "safety")}
+    assert data.read_json(tmp_path / "tables.json") == want
+
+
+def test_a_run_of_ones_own_is_repeated_with_other_seeds(run, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(ablate, "work", lambda folder, settings, o, names: jobs.append((folder, settings, settings and ablate.command(folder, settings, o))) or {})
+    monkeypatch.setattr(ablate, "report", lambda *_: "")
+    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(run), "--seeds", "3", "--jobs", "1", "--device", "cpu"])
+    ablate.main()
+    assert [folder for folder, *_ in jobs] == [str(run), f"{run}-seed1", f"{run}-seed2"] and jobs[0][1] is None
+    config = data.read_json(run / "config.json")
+    for s, (_, _, argv) in enumerate(jobs[1:], 1):
+        o = vars(lcdd.options(argv))
+        assert o["seed"] == s and all(o[k] == v for k, v in config.items() if k in o and k not in ("seed", "out", "resume"))
+
+
+def test_wide():
+    for dtype, right in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        assert model.wide(torch.ones(1, dtype=dtype)).dtype == right
+
+
+def test_losses_of_a_bf16_model_are_taken_in_fp32():
+    net = make_net(torch.bfloat16)
+    c = make_carrier(net.float())
+    net = net.bfloat16()
+    ids, mask = data.collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)
+    logits = net(ids[:, :-1], carrier=c.merge(net))[mask[:, 1:]].float()
+    want = torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="sum")
+    got = lcdd.task_loss(net, c.merge(net), ids, mask)
+    assert got.dtype == torch.float32 and float(got) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_rope_angles_are_taken_in_fp32():
+    at = torch.tensor([[7, 301, 4001]])
+    for ours, exact in zip(model.rotary(make_net().config, at, torch.bfloat16), model.rotary(make_net().config, at, torch.float32)):
+        assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() < 0.01

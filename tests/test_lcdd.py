@@ -487,3 +487,148 @@ def test_cuda_step_equals_cpu_step(tmp_path):
         lcdd.train_lcdd(net.to(device), c.to(device), examples(), settings(steps=5), tmp_path / device, 0)
         ends.append(state(c).cpu())
     assert torch.allclose(*ends, atol=1e-6)
+
+
+class Seen(Exception):
+    pass
+
+
+def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path):
+    out = tmp_path / "r"
+    lcdd.main(["--out", str(out), "--sft-steps", "3", "--steps", "1", "--settle", "0", "--lr", "0", "--gate-lr", "0", "--gate-mean", "3", "--gate-std", "0.25",
+               "--n-test", "4", "--device", "cpu"])
+    sft, got = (load_file(out / f"{name}.safetensors") for name in ("sft", "carrier"))
+    deltas = [k for k in sft if k.startswith("delta")]
+    assert all(torch.equal(sft[k], got[k]) for k in deltas) and any(sft[k].any() for k in deltas)
+    m = torch.cat([v.flatten() for k, v in got.items() if k.startswith("logits")])
+    assert abs(m.mean() - 3) < 0.03 and abs(m.std() - 0.25) < 0.03
+
+
+def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
+    def spy(net, carrier, examples, **rest):
+        assert all(all(mask) for _, mask in examples)
+        raise Seen
+    monkeypatch.setattr(lcdd, "train_sft", spy)
+    with pytest.raises(Seen):
+        lcdd.main(["--out", str(tmp_path / "r"), "--loss", "all", "--device", "cpu"])
+
+
+def test_rates_fall_linearly(tmp_path, monkeypatch):
+    made, rates, gradients, adamw = [], [], lcdd.gradients, lcdd.adamw
+    monkeypatch.setattr(lcdd, "adamw", lambda *a: made.append(adamw(*a)) or made[-1])
+    monkeypatch.setattr(lcdd, "gradients", lambda *a: rates.append(made[-1].param_groups[0]["lr"]) or gradients(*a))
+    net, c = fresh()
+    lcdd.train_sft(net, c, examples(), settings(sft_steps=4, sft_lr=0.008), tmp_path, 0)
+    assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
+    rates.clear()
+    lcdd.train_lcdd(net, c, examples(), settings(steps=3, settle=4, lr=0.008), tmp_path, 0)
+    assert rates == pytest.approx([0.008] * 3 + [0.008, 0.006, 0.004, 0.002])
+
+
+def test_no_weight_decay():
+    _, c = fresh()
+    before = [p.detach().clone() for p in c.delta.parameters()]
+    for p in c.delta.parameters():
+        p.grad = torch.zeros_like(p)
+    lcdd.adamw(c, 0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(before, c.delta.parameters()))
+
+
+def test_the_clip_bounds_the_gradient_of_the_deltas_alone():
+    _, c = fresh()
+    for p in c.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    lcdd.clip_gradients(c, 0.5)
+    assert float(torch.cat([p.grad.flatten() for p in c.delta.parameters()]).norm()) == pytest.approx(0.5, rel=1e-4) and (c.logits.grad == 3).all()
+
+
+def test_both_phases_clip(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lcdd, "clip_gradients", lambda c, bound: seen.append(bound))
+    net, c = fresh()
+    lcdd.train_sft(net, c, examples(), settings(sft_steps=3, clip=0.7), tmp_path, 0)
+    lcdd.train_lcdd(net, c, examples(), settings(steps=2, settle=2, clip=0.7), tmp_path, 0)
+    assert seen == [0.7] * 7
+
+
+def test_a_step_is_taken_with_the_lambda_before_it(tmp_path):
+    """The loss of step t has λ as step t − 1 left it; Δ = 0, so that the penalty alone moves the gates."""
+    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    m = c.logits.detach().clone()
+    o = settings(train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0)
+    lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
+    lam = [r["lambda"] for r in data.read_jsonl(tmp_path / "metrics.jsonl")]
+    assert lam[4] > lam[2] > lam[1] == 0.05
+    for weight in [0.0, *lam[:4]]:                                # the gates kept are those before the last step
+        s = torch.sigmoid(m)
+        m = m - 5.0 * weight * s * (1 - s)
+    assert torch.allclose(c.logits, m, atol=1e-12)
+
+
+def test_an_early_stop_counts_on_after_a_resume(tmp_path):
+    def run(folder, stop_at=None):
+        folder.mkdir(exist_ok=True)
+        net, c = fresh()
+        c.logits.data[:, ::2] = -1
+        calls = []
+        interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
+        o = settings(steps=30, warmup=1, settle=0, gate_lr=0.0, lr=0.0, window=5, patience=2, log_every=1)
+        return lcdd.train_lcdd(net, c, examples(), o, folder, 0, interrupted=interrupted)
+    whole = run(tmp_path / "a")
+    assert "stalled" in whole["reason"] and whole["steps"] < 30
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", 5)
+    assert run(tmp_path / "b") == whole
+
+
+def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
+    def spy(net, carrier, teacher, **rest):
+        sft = carriers.load(tmp_path / "r" / "sft.safetensors", net).merge(net)
+        assert all(torch.equal(teacher.weights[l][n], w) for l, layer in enumerate(sft.weights) for n, w in layer.items())
+        raise Seen
+    monkeypatch.setattr(lcdd, "train_lcdd", spy)
+    with pytest.raises(Seen):
+        lcdd.main(["--out", str(tmp_path / "r"), "--train", "mask-kl", "--sft-steps", "2", "--gate-mean", "-3", "--device", "cpu"])
+
+
+def test_each_condition_has_its_own_rate(tmp_path):
+    """With every gate shut the LCDD model is the base."""
+    lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "40", "--sft-lr", "0.002", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
+               "--n-test", "20", "--device", "cpu"])
+    accuracy = data.read_json(tmp_path / "r" / "results.json")["accuracy"]
+    assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
+
+
+def test_the_reference_has_the_floor_too():
+    c = controller(floor=0.3)
+    for t in range(4):
+        c.update(t, 1e-4)
+    assert c.reference == 0.3
+
+
+def test_the_mean_is_over_the_tokens_in_the_loss():
+    """Nothing predicts the first token: with --loss all, too, it does not count."""
+    net, c = fresh()
+    some = lcdd.supervised(examples(6), "all")
+    ids, mask = data.collate(some, 0)
+    want = float(lcdd.task_loss(net, c, ids, mask).detach()) / int(mask[:, 1:].sum())
+    assert lcdd.gradients(net, c, some, 3, 0) == pytest.approx(want)
+
+
+def test_batches_of_the_phases_follow_the_seed(tmp_path, monkeypatch):
+    draw, seeds = lcdd.draw, []
+    monkeypatch.setattr(lcdd, "draw", lambda examples, size, step, seed: seeds.append(seed) or draw(examples, size, step, seed))
+    for seed in (3, 8):
+        net, c = fresh()
+        lcdd.train_sft(net, c, examples(), settings(sft_steps=1, seed=seed), tmp_path, 0)
+        lcdd.train_lcdd(net, c, examples(), settings(steps=1, settle=0, seed=seed), tmp_path, 0)
+    assert seeds == [3, 4, 8, 9]
+
+
+def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch):
+    """A lucky batch alone is no reason to keep the gates: its loss is within the budget, the average is not."""
+    losses = iter([1.0, 1.0, 1.0, 9.0, 9.0, 0.5])
+    monkeypatch.setattr(lcdd, "gradients", lambda *a: next(losses))
+    net, c = fresh()
+    o = settings(train="mask-ce", steps=6, warmup=1, beta=0.9, rho=0.3, floor=0.0, log_every=1)
+    assert lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)["kept"] == 3
