@@ -311,9 +311,10 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
         optimizer.param_groups[0]["lr"] = o.sft_lr * (1 - t / steps)
         loss = gradients(net, carrier, draw(examples, o.batch, t, o.seed), o.micro_batch, pad_id)
         guard(loss, "sft", t, state)
-        if t % o.save_every == 0 or interrupted():                                          # as it stood before this step
+        stop = interrupted()
+        if t % o.save_every == 0 or stop:                                                   # as it stood before this step
             save_state(state, carrier, optimizer, phase="sft", step=t)
-        if interrupted():
+        if stop:
             raise Stopped
         clip_gradients(carrier, o.clip)
         optimizer.step()
@@ -353,14 +354,15 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         batch = draw(examples, o.batch, t, o.seed + 1)
         loss = gradients(net, carrier, batch, o.micro_batch, pad_id, teacher)               # L and its gradients
         guard(loss, "lcdd", t, state)
-        if t % o.save_every == 0 or interrupted():                                          # as it stood before this step
+        stop = interrupted()
+        if t % o.save_every == 0 or stop:                                                   # as it stood before this step
             save_state(state, carrier, optimizer, kept_logits, phase="lcdd", step=t, fixed_at=fixed_at, reason=reason, kept_step=kept_step,
                        controller=controller.state(), early={k: v for k, v in vars(early).items() if k != "o"})
-        if interrupted():
+        if stop:
             raise Stopped
         if fixed_at is None:
             (controller.weight(t) * penalty(carrier.logits)).backward()                     # + λ·min(1, t/T_w)·Ω(m), once a step
-        controller.update(t, loss, settling=fixed_at is not None)                             # ema, ε, λ
+        controller.update(t, loss, settling=fixed_at is not None)                           # ema, ε, λ
         if not joint and controller.budget is not None and (kept_logits is None or max(loss, controller.ema) <= controller.budget):
             kept_logits, kept_step = carrier.logits.detach().clone(), t                     # the gates that `loss` is the loss of
         if joint:
@@ -376,10 +378,10 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
             stats = carrier.stats()
             progress.log(t - 1, loss=loss, ema=controller.ema, budget=controller.budget, **{"lambda": controller.lam},
                          sparsity=stats["sparsity"], open=stats["gates"]["open"])
-            stop = early.update(stats["gates"]["open"], loss, controller.reference) if fixed_at is None else None
-            if stop:
-                print(f"lcdd: {stop}", flush=True)
-                reason, fixed_at = stop, t
+            verdict = early.update(stats["gates"]["open"], loss, controller.reference) if fixed_at is None else None
+            if verdict:
+                print(f"lcdd: {verdict}", flush=True)
+                reason, fixed_at = verdict, t
     if kept_logits is not None:
         carrier.logits.data.copy_(kept_logits)
         print(f"lcdd: the gates of step {kept_step + 1} are kept, the last within the budget", flush=True)
@@ -422,7 +424,7 @@ def main(argv=None):
     examples = supervised(examples, o.loss)
     tuned = delta_of(net, data.locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
     run = data.open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume")}, 
+        **{k: v for k, v in vars(o).items() if k not in ("out", "resume")},
         "data_fingerprint": data.fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")

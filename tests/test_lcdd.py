@@ -235,7 +235,7 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
         calls = []
-        interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
+        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
         if phase == "sft":
             lcdd.train_sft(net, c, examples(), settings(sft_steps=12), folder, 0, interrupted=interrupted)
         else:
@@ -261,7 +261,7 @@ def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
         net, c = fresh()
         c.delta.load_state_dict(sft.delta.state_dict())
         calls = []
-        interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
+        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
         info = lcdd.train_lcdd(net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}), folder, 0, interrupted=interrupted)
         return c, info
     sft = fresh()[1]
@@ -571,7 +571,7 @@ def test_an_early_stop_counts_on_after_a_resume(tmp_path):
         net, c = fresh()
         c.logits.data[:, ::2] = -1
         calls = []
-        interrupted = lambda: (calls.append(1), len(calls) // 2 >= stop_at)[1] if stop_at else False
+        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
         o = settings(steps=30, warmup=1, settle=0, gate_lr=0.0, lr=0.0, window=5, patience=2, log_every=1)
         return lcdd.train_lcdd(net, c, examples(), o, folder, 0, interrupted=interrupted)
     whole = run(tmp_path / "a")
