@@ -6,12 +6,13 @@ The three commands then run on such a device, in bf16 as they would on a real on
 """
 import argparse
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -119,6 +120,17 @@ def elsewhere(monkeypatch):
         yield "cuda"
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """The embedded model's first layer as a model: every operation passes through Python here."""
+    folder = tmp_path_factory.mktemp("m") / "shallow"
+    shutil.copytree(ROOT / "tiny", folder)
+    data.write_json(folder / "config.json", {**data.read_json(folder / "config.json"), "num_hidden_layers": 1})
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "layers." not in k or "layers.0." in k}, folder / "model.safetensors")
+    return str(folder)
+
+
 def test_the_stand_in_notices(elsewhere):
     here, there = torch.ones(3), torch.ones(3, device=elsewhere)
     weight = torch.nn.Parameter(torch.ones(3, device=elsewhere))
@@ -138,10 +150,10 @@ def test_the_stand_in_notices(elsewhere):
 
 
 @pytest.mark.parametrize("task", ["fixed", "safety"])
-def test_the_three_commands_elsewhere(elsewhere, tmp_path, monkeypatch, task):
+def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch, task):
     run = str(tmp_path / "run")
-    few = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "6", "--n-test", "6", "--max-new-tokens", "4"]
-    train = ["--task", task, "--out", run, "--device", elsewhere, "--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "8",
+    few = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "4", "--n-test", "4", "--max-new-tokens", "3"]
+    train = ["--model", shallow, "--preset", f"tiny-{task}", "--task", task, "--out", run, "--device", elsewhere, "--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "8",
              "--micro-batch", "4", "--log-every", "1", *few, *(["--checkpoint"] if task == "safety" else ["--train", "mask-kl"])]
     gradients, calls = lcdd.gradients, []
 
@@ -156,10 +168,10 @@ def test_the_three_commands_elsewhere(elsewhere, tmp_path, monkeypatch, task):
             lcdd.main([*train, "--resume"])
     lcdd.main([*train, "--resume"])
     assert len(calls) == (10 if task == "safety" else 8)          # gates alone do not settle
-    for extra in ([], ["--target", "sft", "--objective", "random", "--match", "mean", "--positions", "prompt"]):
+    for extra in ([],) if task == "safety" else ([], ["--target", "sft", "--objective", "random", "--match", "mean", "--positions", "prompt"]):
         monkeypatch.setattr("sys.argv", ["eraser.py", "--run", run, "--device", elsewhere, "--length", "3", "--steps", "3", "--judge-every", "2", *extra])
         eraser.main()
-    for extra in ([], ["--dose"], ["--ask", "What now ?"]):
+    for extra in ([],) if task == "safety" else ([], ["--dose"], ["--ask", "What now ?"]):
         monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", run, "--device", elsewhere, *extra])
         evaluate.main()
     results = data.read_json(tmp_path / "run" / "results.json")
@@ -171,8 +183,9 @@ def test_the_benchmark_elsewhere(elsewhere, monkeypatch, capsys):
     for name in ("get_device_name", "synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1)
     monkeypatch.setattr(bench, "DEEPSEEK", bench.SETTINGS["quick"].config)
+    monkeypatch.setattr(bench, "SMALL", bench.SETTINGS["quick"].grow)
+    monkeypatch.setattr(bench, "DENSITIES", (1.0, 0.2))
     bench.main(["--device", elsewhere, "--quick"])
-    bench.main(["--device", elsewhere, "--quick", "--memory"])
     assert bench.deepseek_memory(elsewhere) == 1
 
 
@@ -180,10 +193,10 @@ FEW = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "6", "--n-test"
        "--warmup", "1", "--batch", "8", "--micro-batch", "8"]
 
 
-def test_the_base_lies_where_it_was_told(elsewhere, tmp_path, monkeypatch):
+def test_the_base_lies_where_it_was_told(elsewhere, shallow, tmp_path, monkeypatch):
     run, load, nets = str(tmp_path / "run"), model.load, []
     monkeypatch.setattr(model, "load", lambda *a: nets.append(load(*a)) or nets[-1])
-    lcdd.main(["--out", run, "--device", elsewhere, *FEW])
+    lcdd.main(["--model", shallow, "--preset", "tiny-fixed", "--out", run, "--device", elsewhere, *FEW])
     for command, extra in ((eraser, ["--length", "2", "--steps", "1"]), (evaluate, ["--ask", "What now ?"])):
         monkeypatch.setattr("sys.argv", ["x", "--run", run, "--device", elsewhere, *extra])
         command.main()
@@ -196,9 +209,9 @@ def test_own_fine_tuned_checkpoint_elsewhere(elsewhere):
     assert not changed and {p.device.type for p in c.parameters()} == {"cuda"}
 
 
-def test_ablation_rows_elsewhere(elsewhere, tmp_path, monkeypatch):
+def test_ablation_rows_elsewhere(elsewhere, shallow, tmp_path, monkeypatch):
     run = str(tmp_path / "run")
-    lcdd.main(["--out", run, "--device", elsewhere, *FEW])
+    lcdd.main(["--model", shallow, "--preset", "tiny-fixed", "--out", run, "--device", elsewhere, *FEW])
     monkeypatch.setattr(eraser, "PRESETS", {"tiny": dict(length=2, steps=1, judge_every=1), "paper": {}})
     o = ablate.options(["--device", elsewhere])
     rows = ablate.ablate(run, o, ["scaled", "mask-ce", "lcdd tokens", "lcdd circuit"])

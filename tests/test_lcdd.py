@@ -593,7 +593,7 @@ def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
 
 def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
-    lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "40", "--sft-lr", "0.002", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
+    lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
                "--n-test", "20", "--device", "cpu"])
     accuracy = data.read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
