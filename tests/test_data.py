@@ -754,3 +754,12 @@ def test_errors_of_the_file_system_are_one_sentence(tmp_path, capsys):
     with pytest.raises(InputError, match="holds a JSON list where an object belongs"):
         (tmp_path / "x.json").write_text("[]")
         data.read_json(tmp_path / "x.json")
+
+
+def test_a_ticker_speaks_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    tell = data.ticker("answers", 200)
+    for now[0], done in ((1, 10), (6, 0), (10, 50), (12, 60), (16, 100)):
+        tell(done)
+    assert capsys.readouterr().out == "answers 50/200  left 30s\nanswers 100/200  left 16s\n"

@@ -240,6 +240,20 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     evaluate.main()
     results = data.read_json(run / "results.json")
     assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig and results["trigger"]["target"] == "lcdd"
+    learned, learn = [], eraser.learn
+    monkeypatch.setattr(eraser, "learn", lambda *a: learned.append(learn(*a)) or learned[-1])
+    monkeypatch.setattr("sys.argv", [*argv, "--resume"])
+    eraser.main()
+    assert not learned and "is finished" in capsys.readouterr().out                           # what is finished is not learned anew
+    monkeypatch.setattr("sys.argv", [*argv, "--name", "again"])
+    eraser.main()
+    again, metadata = carriers.load_tensors(run / "again.safetensors")
+    assert torch.equal(again["trigger"], learned[0][0]) and torch.equal(again["trigger"], tau["trigger"]) and metadata["loss"] == learned[0][1]
+    (run / "trigger.safetensors").rename(run / "hidden")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
+    evaluate.main()
+    assert not {"trigger", "trig"} & {*data.read_json(run / "results.json"), *data.read_json(run / "results.json")["rates"]}
+    (run / "hidden").rename(run / "trigger.safetensors")
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
     evaluate.main()

@@ -292,6 +292,12 @@ def test_models_of_the_rows_start_from_sft(run, monkeypatch):
     for name in ("sft-long", "mask-ce", "mask-kl"):
         r.model(name)
     done = data.read_json(run / "results.json")["stopped"]["steps"]
+    r.config["train"] = "mask-ce"                                 # gates alone do not settle
+    r.models.pop("sft-long", None)
+    seen["long alone"], long = None, seen["long"]
+    r.model("sft-long")
+    assert seen.pop("long")[1] == done and seen.pop("long alone") is None
+    seen["long"] = long
     assert seen == {"long": (True, done + r.config["settle"], r.config["lr"]), "mask-ce": True, "mask-kl": True} and r.config["settle"] > 0
 
 
@@ -383,3 +389,19 @@ def test_rope_angles_are_taken_in_fp32():
     at = torch.tensor([[7, 301, 4001]])
     for ours, exact in zip(model.rotary(make_net().config, at, torch.bfloat16), model.rotary(make_net().config, at, torch.float32)):
         assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() < 0.01
+
+
+def test_an_error_in_one_job_ends_the_others(tmp_path):
+    """A run directory that cannot be gone on with is said at once, not when the other runs are through."""
+    (tmp_path / "t" / "fixed-seed0").mkdir(parents=True)
+    (tmp_path / "t" / "fixed-seed0" / "config.json").write_text("{")
+    command = [sys.executable, "ablate.py", "--task", "fixed", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=Path(ablate.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "fixed-seed0/config.json as JSON" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "t" / "fixed-seed1" / "carrier.safetensors").exists()
+
+
+def test_a_question_that_is_no_text(run, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--ask", "\udcff"])
+    with pytest.raises(data.InputError, match="--ask: the prompt is not UTF-8"):
+        evaluate.main()

@@ -1,4 +1,5 @@
 """lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+import gc
 import json
 import math
 import signal
@@ -597,6 +598,24 @@ def test_each_condition_has_its_own_rate(tmp_path):
                "--n-test", "20", "--device", "cpu"])
     accuracy = data.read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
+
+
+def test_a_huge_rate_ends_at_the_bound_of_lambda():
+    c = controller(eta_grow=1e4, violation_clip=1.0, lambda_max=3.0)
+    c.budget = 1.0
+    c.update(5, 1e-9)
+    assert c.lam == 3.0
+
+
+def test_one_set_of_deltas_is_on_the_device_at_a_time(tmp_path, monkeypatch):
+    def spy(net, carrier, **rest):
+        alive = {id(c) for c in gc.get_objects() if isinstance(c, Carrier) and c.config == net.config}
+        assert alive == {id(carrier)}
+        raise Seen
+    gc.collect()
+    monkeypatch.setattr(lcdd, "train_lcdd", spy)
+    with pytest.raises(Seen):
+        lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "1", "--device", "cpu"])
 
 
 def test_the_reference_has_the_floor_too():
