@@ -192,13 +192,13 @@ def rows_of(o, task):
 def ablate(folder, o, names):
     """All rows of one run: {name: {metric: number}}, kept in ablation.json as they come."""
     file = Path(folder) / ("ablation.json" if o.split == "test" else f"ablation-{o.split}.json")
-    settings = {k: v for k, v in eraser.settings_of(trigger_options(o.run or folder, o.device)).items() if k not in ("name", "target", "objective", "seed")}
+    usual = trigger_options(o.run or folder, o.device)
+    settings = {k: v for k, v in eraser.settings_of(usual).items() if k not in ("name", "target", "objective", "seed")}
     of = hashlib.sha256(f"{data.fingerprint(Path(folder) / 'carrier.safetensors')} {settings}".encode()).hexdigest()[:16]
     done = {k: row for k, row in (data.read_json(file) if file.is_file() else {}).items() if row.get("of") == of}   # others: of another carrier or trigger
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
-    length = trigger_options(o.run or folder, o.device).length
     triggers = {}
     for k, name in enumerate(names):
         if name in done:
@@ -207,7 +207,7 @@ def ablate(folder, o, names):
         if not objective:
             tau = None
         elif objective == "tokens":
-            tau = run.random_tokens(length, run.config["seed"])
+            tau = run.random_tokens(usual.length, run.config["seed"])
         elif objective == "trigger":                                   # the LCDD model's trigger, before the base
             tau = triggers["lcdd circuit"] if "lcdd circuit" in triggers else run.trigger("lcdd", "circuit", 0)
         else:
