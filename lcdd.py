@@ -346,6 +346,8 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     while t < (steps if fixed_at is None else fixed_at) + settle:
         if fixed_at is None and t >= steps:
             fixed_at = t
+        if fixed_at == t:
+            print(f"lcdd: the gates are fixed after step {t}; {settle} more steps settle Δ alone", flush=True)
         if fixed_at is not None:
             carrier.logits.requires_grad_(False)
             optimizer.param_groups[0]["lr"] = o.lr * (1 - (t - fixed_at) / settle)
