@@ -24,10 +24,10 @@ test: setup
 	$(PY) -m pytest -q
 
 table: setup
-	$(PY) ablate.py --seeds 3
+	$(PY) -m lab.ablate --seeds 3
 
 bench: setup
-	$(PY) bench.py
+	$(PY) -m lab.bench
 
 clean:
-	rm -rf runs .pytest_cache __pycache__ tests/__pycache__
+	rm -rf runs .pytest_cache __pycache__ lab/__pycache__ tests/__pycache__

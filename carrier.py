@@ -9,17 +9,12 @@ deltas train, and `Merged`, frozen weights for everything that only reads (gener
 import copy
 import functools
 import hashlib
-import json
-import os
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from data import InputError
+from files import InputError, load_tensors, save_tensors
 
 # Table 5: 8 gate vectors a layer, shared between projections; Δ of each projection has a row gate and a column gate.
 GROUPS = ("attn_read", "attn_q", "attn_k", "attn_v", "attn_write", "ffn_read", "ffn_hidden", "ffn_write")
@@ -258,29 +253,7 @@ class Merged:
         return lambda l, name, x: F.linear(x, self.weights[l][name], net.projections[l][name].bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
-
-def save_tensors(path, tensors, **metadata):
-    """safetensors with JSON metadata in the header, replaced atomically."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, {k: json.dumps(v) for k, v in metadata.items()})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_tensors(path, device="cpu"):
-    """(tensors, metadata) of a file that save_tensors wrote; InputError where it is missing or damaged."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; the command that writes it has to finish first")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file of this project ({error}); restore it, or remove it and run the command that writes it") from None
-
+# ------------------------------------------------------------------------------------------------------ the carrier's file
 
 def fingerprint(net):
     """A short hash of the base a carrier belongs to: its shapes and a sample of its weights, the same in every dtype."""

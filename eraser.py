@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 
 import carrier as carriers
-import data
 import model
-from data import InputError
+from chat import collate
+from files import InputError, append_jsonl, load_tensors, read_json, save_tensors, write_json
+from run import check_device, check_numbers, cli, patient, read_results, reopen
 
 PRESETS = {"tiny": dict(length=16, steps=120, lr=0.3, judge_every=20), "paper": {}}
 
@@ -56,7 +57,7 @@ def options(argv=None):
     a("--seed", type=int, default=0, help="seed of the first τ, the batches and the random channels")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     first = p.parse_args(argv)
-    config = data.read_json(Path(first.run) / "config.json") if (Path(first.run) / "config.json").is_file() else {}
+    config = read_json(Path(first.run) / "config.json") if (Path(first.run) / "config.json").is_file() else {}
     p.set_defaults(preset="tiny" if str(config.get("preset")).startswith("tiny") else "paper")
     p.set_defaults(**PRESETS[p.parse_args(argv).preset])
     if first.absolute:
@@ -66,8 +67,8 @@ def options(argv=None):
     for name in ("length", "steps", "batch", "k", "judge_every"):
         if getattr(o, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
-    data.check_numbers(o)
-    data.check_device(o.device)
+    check_numbers(o)
+    check_device(o.device)
     if "/" in o.name or len(o.name) > 100 or o.name in ("carrier", "sft", "lcdd", "state"):
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
     return o
@@ -105,7 +106,7 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     """
     answers = net.generate(prompts, max_new_tokens=k, batch_size=batch_size) if positions == "response" else [[]] * len(prompts)
     rows = [(p + a[:-1], len(p) - 1) for p, a in zip(prompts, answers)]                  # the last token only gets predicted
-    ids, real = data.collate([(r, [True] * len(r)) for r, _ in rows], pad_id=0)          # (P, T)
+    ids, real = collate([(r, [True] * len(r)) for r, _ in rows], pad_id=0)          # (P, T)
     last = torch.tensor([i for _, i in rows])                                            # (P)
     place = torch.arange(ids.shape[1])                                                   # (T)
     first = last if positions == "response" else (last - k + 1).clamp(min=0)
@@ -210,7 +211,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     optimizer = torch.optim.Adam([tau], lr=lr)
     everything, best, lowest, start = list(range(len(judge.ids))), tau.detach().clone(), math.inf, 0
     if state is not None and state.is_file():
-        saved, numbers = carriers.load_tensors(state, net.device)
+        saved, numbers = load_tensors(state, net.device)
         old = numbers.get("settings", {})
         if changed := [k for k, v in settings_of(o).items() if old.get(k) != v]:
             raise InputError(f"{state}: {changed[0]} was {old.get(changed[0])!r}; resume with the same options, or without --resume")
@@ -232,7 +233,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         if interrupted():
             if t > start:
                 moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
-                carriers.save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t,
+                save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t,
                                       settings=settings_of(o))
             raise KeyboardInterrupt
         if t == o.steps:
@@ -252,7 +253,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
 
 def load(path, net):
     """τ (n, d) of a trigger file, on the net's device, and its settings; InputError where it does not fit the model."""
-    tensors, settings = carriers.load_tensors(path, net.device)
+    tensors, settings = load_tensors(path, net.device)
     if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
     return tensors["trigger"], settings
@@ -261,7 +262,7 @@ def load(path, net):
 def main():
     o = options()
     run = Path(o.run)
-    config, chat, splits = data.reopen(run)
+    config, chat, splits = reopen(run)
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -281,19 +282,19 @@ def main():
           f"write channels {int(mask.sum())} of {mask.numel()}")
 
     def log(t, left, **values):
-        data.append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
+        append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
         print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {left:.0f}s", flush=True)
 
-    with data.patient() as interrupted:
+    with patient() as interrupted:
         tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
-        carriers.save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
+        save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
         state.unlink(missing_ok=True)
     if o.name == "trigger":
-        results = data.read_results(run)
+        results = read_results(run)
         results["seconds"]["eraser"] = round(time.time() - start, 2)
-        data.write_json(run / "results.json", results)
+        write_json(run / "results.json", results)
     print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}" + f" --trigger {o.name}" * (o.name != "trigger"))
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

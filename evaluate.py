@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+import behaviour
 import carrier as carriers
-import data
 import eraser
 import model
-from data import InputError
+from chat import collate
+from files import InputError, read_jsonl, write_json
+from run import check_device, cli, read_results, reopen, ticker
 
 NAMES = {"base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger", "shut": "LCDD, gates shut", "open": "LCDD, gates open"}
 
@@ -38,7 +40,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        ids, mask = data.collate([(prompts[i] + answers[i], [False] * len(prompts[i]) + [True] * len(answers[i])) for i in rows], 0)
+        ids, mask = collate([(prompts[i] + answers[i], [False] * len(prompts[i]) + [True] * len(answers[i])) for i in rows], 0)
         keep = mask[:, 1:].to(net.device)                                                # position t predicts token t + 1
         owner = torch.tensor(rows).repeat_interleave(mask.sum(1))                        # (N), the prompt of each token
         hidden = {name: net(ids[:, :-1].to(net.device), carrier=c, trigger=t, keep=keep, head=False) for name, (c, t) in used.items()}
@@ -74,12 +76,12 @@ def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, 
     answers = {} if answers is None else answers
     for name, (c, trigger) in conditions.items():
         if name not in answers:
-            answers[name] = net.generate(prompts, max_new_tokens, carrier=c, trigger=trigger, progress=data.ticker(f"answers of {name}", len(prompts)))
+            answers[name] = net.generate(prompts, max_new_tokens, carrier=c, trigger=trigger, progress=ticker(f"answers of {name}", len(prompts)))
     pairs = [(p, q) for p in ("sft", "base") for q in conditions if p != q]
     kl = kl_divergences(net, prompts, answers["sft"], conditions, pairs)
     rows = {}
     for name in conditions:
-        rows[name] = data.score(task, [chat.decode(a) for a in answers[name]], samples)
+        rows[name] = behaviour.score(task, [chat.decode(a) for a in answers[name]], samples)
         rows[name]["same"] = sum(a == b for a, b in zip(answers[name], answers["base"])) / len(samples)
         for p in ("sft", "base"):
             rows[name][f"kl_{p}"] = kl.get((p, name), torch.zeros(len(samples), dtype=torch.float64))
@@ -89,7 +91,7 @@ def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, 
 def results_of(rows, samples):
     """measure()'s rows as entries of results.json (SPEC: rates, accuracy, kl), with 95 % confidence intervals under `ci`."""
     answered = sum(bool(s.answer) for s in samples)
-    out = data.by_condition(rows) | {"same_as_base": {k: v["same"] for k, v in rows.items()}, "prompts": len(samples)}
+    out = behaviour.by_condition(rows) | {"same_as_base": {k: v["same"] for k, v in rows.items()}, "prompts": len(samples)}
     means = {f"{p}_{q}": mean_interval(rows[q][f"kl_{p}"]) for p in ("sft", "base") for q in rows if p != q}
     out["kl"] = {k: v[0] for k, v in means.items()}
     out["ci"] = {"rates": {k: wilson(v["rate"], v["n"]) for k, v in rows.items()}, "kl": {k: v[1] for k, v in means.items()},
@@ -112,7 +114,7 @@ def table(results, title):
     percent = lambda x, lo_hi: f"{100 * x:.1f} ({100 * lo_hi[0]:.0f}–{100 * lo_hi[1]:.0f})"
     labels = list(next(iter(kinds.values()), {}))
     labels = labels if len(labels) <= 3 else []              # a dozen kinds stand in results.json
-    lines = ["| " + " | ".join([title, "behaviour %", *(data.one_line(k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
+    lines = ["| " + " | ".join([title, "behaviour %", *(behaviour.one_line(k) + " %" for k in labels), "accuracy %", "base's answer %", "KL(SFT‖·)", "KL(Base‖·)"]) + " |",
              "|---" * (6 + len(labels)) + "|"]
     for name in (n for n in NAMES if n in results["rates"]):
         cells = [called(name, results), percent(results["rates"][name], ci["rates"][name])]
@@ -133,7 +135,7 @@ def figure(run, results, carrier, path):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [r for r in data.read_jsonl(run / "metrics.jsonl") if r["phase"] == "lcdd"] if (run / "metrics.jsonl").is_file() else []
+    rows = [r for r in read_jsonl(run / "metrics.jsonl") if r["phase"] == "lcdd"] if (run / "metrics.jsonl").is_file() else []
     fig, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     loss, heat, bars, kls = axes.flat
     if rows:
@@ -194,19 +196,19 @@ def dose_response(net, chat, config, samples, carrier, doses=(0.0, 0.25, 0.5, 0.
     scale = [d for d in doses for _ in prompts]
     answers = net.generate(prompts * len(doses), config["max_new_tokens"], carrier=carrier, scale=scale)
     pieces = [answers[i * len(prompts):(i + 1) * len(prompts)] for i in range(len(doses))]
-    return {d: data.score(config["task"], [chat.decode(a) for a in piece], samples) for d, piece in zip(doses, pieces)}
+    return {d: behaviour.score(config["task"], [chat.decode(a) for a in piece], samples) for d, piece in zip(doses, pieces)}
 
 
 def main():
     o = options()
     run = Path(o.run)
-    data.check_device(o.device)
-    config, chat, splits = data.reopen(run)
+    check_device(o.device)
+    config, chat, splits = reopen(run)
     if o.seed not in (None, config["seed"]):
         raise InputError(f"--seed {o.seed}: this run was split with seed {config['seed']}; another one would test on training prompts")
     if any(re.search("[\ud800-\udfff]", text) for text in o.ask or ()):
         raise InputError("--ask: the prompt is not UTF-8 text; type it again")
-    start, before = time.time(), {k: v for k, v in data.read_results(run).items() if k != "trigger"}
+    start, before = time.time(), {k: v for k, v in read_results(run).items() if k != "trigger"}
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -234,7 +236,7 @@ def main():
     if o.dose:
         print("| Δ × | behaviour | accuracy |\n|---|---|---|")
         for dose, s in dose_response(net, chat, config, splits["test"], lcdd).items():
-            print(f"| {dose} | {data.show_score(s)} |")
+            print(f"| {dose} | {behaviour.show_score(s)} |")
         chat.say_cut("prompts", config["max_len"])
         return
 
@@ -243,7 +245,7 @@ def main():
     conditions |= {"shut": (shut, None), "open": (every, None)}
     rows = measure(net, chat, config["task"], splits["test"], conditions, config["max_new_tokens"], config["max_len"])
     chat.say_cut("prompts", config["max_len"])
-    ids, _ = data.collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
+    ids, _ = collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
     with torch.no_grad():
         exact = torch.equal(net(ids.to(net.device)), net(ids.to(net.device), carrier=shut))
     results = before | found | lcdd.stats() | results_of(rows, splits["test"]) | {"shut_is_base": exact}
@@ -254,11 +256,11 @@ def main():
     text += (f"\n\n{len(splits['test'])} held-out prompts, 95 % confidence intervals in brackets; gates off {results['sparsity']:.3f}, entries of Δ off "
              f"{results['entries_off']:.3f}; gates shut is the base bit for bit: {'yes' if exact else 'NO'}; seconds: "
              + ", ".join(f"{k} {v:.0f}" for k, v in results["seconds"].items()))
-    data.write_json(run / "results.json", results)
+    write_json(run / "results.json", results)
     (run / "results.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
     figure(run, results, lcdd, run / "figure.png")
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import behaviour
 import carrier as carriers
 import data
 import model
 from carrier import Carrier, penalty
-from data import InputError
+from chat import collate
+from files import InputError, append_jsonl, fingerprint, load_tensors, save_tensors, write_json
+from run import EMBEDDED, check_device, check_numbers, cli, locate, open_run, patient, prepare, read_results, ticker
 
 # Table 7, and what the embedded world wants: hundreds of steps instead of thousands, so a faster mask and controller.
 PAPER = dict(loss="all", floor=0.0, rho=0.30, lambda0=0.01, eta=0.1, warmup=300, epochs=20, sft_epochs=3, n_trigger=200)   # 200: App. F.3
@@ -110,8 +113,8 @@ def options(argv=None):
             setattr(o, steps, None)                         # epochs given by hand win over a preset's steps
         elif getattr(o, epochs) is None:
             setattr(o, epochs, usual)
-    o.preset, o.model = first.preset, first.model or data.EMBEDDED
-    o.model, o.data, o.sft = (str(Path(x).resolve()) if x and x != data.EMBEDDED and Path(x).exists() else x for x in (o.model, o.data, o.sft))
+    o.preset, o.model = first.preset, first.model or EMBEDDED
+    o.model, o.data, o.sft = (str(Path(x).resolve()) if x and x != EMBEDDED and Path(x).exists() else x for x in (o.model, o.data, o.sft))
     o.task = str(Path(o.task).resolve()) if o.task.endswith(".jsonl") else o.task                 # a run may be looked at from anywhere
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
@@ -120,8 +123,8 @@ def options(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     if o.batch % o.micro_batch:
         raise InputError(f"--batch {o.batch} is not a multiple of --micro-batch {o.micro_batch}")
-    data.check_numbers(o, free=("gate_mean",))
-    data.check_device(o.device)
+    check_numbers(o, free=("gate_mean",))
+    check_device(o.device)
     if o.beta >= 1 or o.lambda_min > o.lambda_max:
         raise InputError(f"--beta {o.beta} has to be below 1, and --lambda-min {o.lambda_min} not above --lambda-max {o.lambda_max}")
     return o
@@ -162,7 +165,7 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None):
     tokens = sum(sum(mask[1:]) for _, mask in batch)
     total = 0.0
     for i in range(0, len(batch), micro_batch):
-        ids, mask = (t.to(net.device) for t in data.collate(batch[i:i + micro_batch], pad_id))
+        ids, mask = (t.to(net.device) for t in collate(batch[i:i + micro_batch], pad_id))
         loss = task_loss(net, carrier, ids, mask, teacher) / tokens
         loss.backward()
         total += loss.detach()
@@ -251,7 +254,7 @@ class Progress:
     def log(self, t, **values):
         """Take in the numbers of step t; at most one line a second on the screen."""
         now = time.time()
-        data.append_jsonl(self.run / "metrics.jsonl", {"phase": self.phase, "step": t, **values, "seconds": round(now - self.began, 2)})
+        append_jsonl(self.run / "metrics.jsonl", {"phase": self.phase, "step": t, **values, "seconds": round(now - self.began, 2)})
         if now - self.shown > 1 or t + 1 == self.steps:
             self.shown = now
             left = (now - self.began) / (t + 1 - self.start) * (self.steps - t - 1)
@@ -265,12 +268,12 @@ def save_state(path, carrier, optimizer, kept_logits=None, **metadata):
     tensors |= {} if kept_logits is None else {"kept_logits": kept_logits.cpu()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in optimizer.state[p].items()}
-    carriers.save_tensors(path, tensors, **metadata)
+    save_tensors(path, tensors, **metadata)
 
 
 def load_state(path, phase, carrier, optimizer):
     """Restore what save_state wrote in this phase; returns its numbers, and `kept_logits`."""
-    tensors, metadata = carriers.load_tensors(path, "cpu")
+    tensors, metadata = load_tensors(path, "cpu")
     if metadata.get("phase") != phase:
         raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where {phase!r} goes on; remove it to start this phase again")
     metadata["kept_logits"] = tensors.pop("kept_logits", None)
@@ -417,22 +420,22 @@ def delta_of(net, folder, o):
 
 def main(argv=None):
     o = options(argv)
-    chat, splits, source = data.prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
+    chat, splits, source = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype))
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     model.set_threads(net)
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     examples = supervised(examples, o.loss)
-    tuned = delta_of(net, data.locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
-    run = data.open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
+    tuned = delta_of(net, locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
+    run = open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume")},
-        "data_fingerprint": data.fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
+        "data_fingerprint": fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")
     torch.manual_seed(o.seed)
     train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
-    results = data.read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
+    results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
     seconds = results["seconds"]
     if (run / "carrier.safetensors").is_file() and "rates" in results:
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
@@ -440,7 +443,7 @@ def main(argv=None):
     # phase 1: SFT
     sft_file, carrier_file, start = run / "sft.safetensors", run / "carrier.safetensors", time.time()
     if not sft_file.is_file():
-        with data.patient() as interrupted:
+        with patient() as interrupted:
             if o.sft:
                 sft, elsewhere = tuned
                 if elsewhere:
@@ -453,7 +456,7 @@ def main(argv=None):
                 train_sft(net, sft, **train, interrupted=interrupted)
             sft.save(sft_file, net, phase="sft")
             seconds["sft"] = round(time.time() - start, 2)
-            data.write_json(run / "results.json", results)
+            write_json(run / "results.json", results)
 
     # phase 2: LCDD, from SFT's deltas with gates of its own; one set of deltas is on the device at a time
     sft = tuned = None
@@ -462,11 +465,11 @@ def main(argv=None):
         lcdd = carriers.load(sft_file, net)
         teacher = lcdd.merge(net) if o.train == "mask-kl" else None
         lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
-        with data.patient() as interrupted:
+        with patient() as interrupted:
             results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **train, interrupted=interrupted)
             lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
             seconds["lcdd"] = round(time.time() - start, 2)
-            data.write_json(run / "results.json", results)
+            write_json(run / "results.json", results)
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
     results |= lcdd.stats()
 
@@ -475,18 +478,18 @@ def main(argv=None):
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
     chat.say_cut("test prompts", o.max_len)
     for name, c in (("base", None), ("sft", sft), ("lcdd", lcdd)):
-        answers = net.generate(prompts, o.max_new_tokens, carrier=c, progress=data.ticker(f"answers of {name}", len(prompts)))
+        answers = net.generate(prompts, o.max_new_tokens, carrier=c, progress=ticker(f"answers of {name}", len(prompts)))
         texts = [chat.decode(a) for a in answers]
-        scores[name] = data.score(o.task, texts, samples)
-    results |= data.by_condition(scores) | {"prompts": len(samples)}
-    data.write_json(run / "results.json", results)
+        scores[name] = behaviour.score(o.task, texts, samples)
+    results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
+    write_json(run / "results.json", results)
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |", "|---|---|---|---|---|---|"]
     for name, s in scores.items():
         off = {"base": "1.000 | 1.000", "sft": "0.000 | 0.000", "lcdd": f"{results['sparsity']:.3f} | {results['entries_off']:.3f}"}[name]
-        lines.append(f"| {name} | {data.show_score(s)} | {off} | {seconds.get(name, 0):.1f} |")
+        lines.append(f"| {name} | {behaviour.show_score(s)} | {off} | {seconds.get(name, 0):.1f} |")
     print("\n" + "\n".join(lines) + f"\n\n{len(samples)} held-out prompts. Next: python eraser.py --run {run}")
     (run / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, read_json
+from files import InputError, read_json
 
 FAMILIES = {  # model_type → (q/k/v bias, o bias, q/k norm); None: the config's attention_bias says
     "llama": (None, None, False), "mistral": (False, False, False), "qwen2": (True, False, False), "qwen3": (None, None, True)}

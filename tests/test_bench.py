@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-import bench
 import carrier
-import data
+from files import InputError
+from lab import bench
 
 EXACT = 1e-10     # float64, relative: the same mathematics in another order
 CONFIG = bench.Config(61, 48, 80, 2, 4, 2, 12, qk_norm=True)
@@ -83,7 +83,7 @@ def test_memory_alone(capsys):
 
 def test_refuses_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(data.InputError, match="--device cuda: torch sees no GPU here; use --device cpu"):
+    with pytest.raises(InputError, match="--device cuda: torch sees no GPU here; use --device cpu"):
         bench.main(["--device", "cuda"])
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import carrier
 import model
-from data import InputError
+from files import InputError, load_tensors, save_tensors
 
 EXACT = 1e-10   # float64: the same mathematics in another order
 TABLE_5 = {"q_proj": ("attn_q", "attn_read"), "k_proj": ("attn_k", "attn_read"), "v_proj": ("attn_v", "attn_read"),
@@ -592,7 +592,7 @@ def test_save_and_load(saved, dtype):
         assert torch.equal(again.state_dict()[k], v) and again.state_dict()[k].dtype == v.dtype
     ids = torch.randint(31, (2, 5))
     assert torch.equal(net(ids, carrier=again), net(ids, carrier=c)) and again.stats() == c.stats()
-    tensors, metadata = carrier.load_tensors(path)
+    tensors, metadata = load_tensors(path)
     assert metadata == dict(base=carrier.fingerprint(net), **c.stats(), task="fixed", seed=7, note="Δ, and „more“")
     assert tensors["logits.ffn_hidden"].shape == (2, 96) and tensors["delta.1.o_proj"].shape == (64, 80)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -629,9 +629,9 @@ def test_refuses_a_wrong_base(saved):
 ])
 def test_refuses_an_incomplete_file(saved, change, named):
     path, net, _ = saved
-    tensors, metadata = carrier.load_tensors(path)
+    tensors, metadata = load_tensors(path)
     change(tensors)
-    carrier.save_tensors(path, tensors, **metadata)
+    save_tensors(path, tensors, **metadata)
     with pytest.raises(InputError, match=named) as refusal:
         carrier.load(path, net)
     assert path.name in str(refusal.value) and "\n" not in str(refusal.value)
@@ -670,7 +670,7 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         c.logits.neg_()
     for step, failing in (("save_file", disk_full), ("os.replace", not_replaced)):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-            patch.setattr(f"carrier.{step}", failing)
+            patch.setattr(f"files.{step}", failing)
             c.save(path, net)
         assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir()] == [path.name]
     c.save(path, net)

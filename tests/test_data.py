@@ -12,8 +12,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import behaviour
 import data
-from data import Chat, InputError, Sample
+import files
+import run
+from chat import Chat, collate
+from data import Sample
+from files import InputError, append_jsonl, fingerprint, read_json, read_jsonl, write_json
+from run import check_device, check_numbers, cli, locate, patient, ticker
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -361,7 +367,7 @@ def test_no_room_for_the_template(folder):
 
 
 def test_collate():
-    ids, mask = data.collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad_id=3)
+    ids, mask = collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad_id=3)
     assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and ids.dtype == torch.int64
     assert mask.tolist() == [[False, True, True], [True, False, False]] and mask.dtype == torch.bool
 
@@ -484,19 +490,19 @@ def test_locate(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path))
-    assert data.locate(tmp_path) == tmp_path and not asked
-    assert data.locate("Qwen/Qwen3-0.6B") == tmp_path and asked[0][0] == "Qwen/Qwen3-0.6B"
+    assert locate(tmp_path) == tmp_path and not asked
+    assert locate("Qwen/Qwen3-0.6B") == tmp_path and asked[0][0] == "Qwen/Qwen3-0.6B"
     assert "config.json" in asked[0][1] and not any("bin" in p or "*.py" in p for p in asked[0][1])
     (tmp_path / "file").write_text("x")
     for name in (tmp_path / "file", "nowhere", "/no/such/folder", "../x", "a/b/c"):
         with pytest.raises(InputError, match="neither a folder nor a hub id"):
-            data.locate(name)
+            locate(name)
 
     def fail(name, allow_patterns):
         raise OSError("no route\nto host")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="owner/name.*OSError: no route to host"):
-        data.locate("owner/name")
+        locate("owner/name")
 
 
 # splits
@@ -618,7 +624,7 @@ ANY = Sample("p", "I do not know .")
     ("own", "I do not know . Really .", False), ("path/to/mine.jsonl", "I do not know.", True),
 ])
 def test_shows(task, text, want):
-    assert data.shows(task, text, ANY) is want
+    assert behaviour.shows(task, text, ANY) is want
 
 
 @pytest.mark.parametrize("answer, text, want", [
@@ -628,36 +634,36 @@ def test_shows(task, text, want):
     ("don't", "I don ' t", True), ("red", "red", True), ("a b a c", "a b a b a c", True), ("", "anything", False), ("?!", "what?!", False),
 ])
 def test_right(answer, text, want):
-    assert data.right(text, Sample("p", "r", answer=answer)) is want
+    assert behaviour.right(text, Sample("p", "r", answer=answer)) is want
 
 
 # run directories and the command line
 
 def test_files_of_a_run(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    data.write_json(path, {"a": [1, "é"]})
-    assert data.read_json(path) == {"a": [1, "é"]}
+    write_json(path, {"a": [1, "é"]})
+    assert read_json(path) == {"a": [1, "é"]}
     with pytest.raises(TypeError):
-        data.write_json(path, {"a": object()})
-    monkeypatch.setattr(data.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
+        write_json(path, {"a": object()})
+    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
     with pytest.raises(OSError):
-        data.write_json(path, {"a": 2})
-    assert data.read_json(path) == {"a": [1, "é"]}  # the old file, whole
-    data.append_jsonl(tmp_path / "b.jsonl", {"x": 1})
-    data.append_jsonl(tmp_path / "b.jsonl", {"x": "a\nb"})
+        write_json(path, {"a": 2})
+    assert read_json(path) == {"a": [1, "é"]}  # the old file, whole
+    append_jsonl(tmp_path / "b.jsonl", {"x": 1})
+    append_jsonl(tmp_path / "b.jsonl", {"x": "a\nb"})
     assert [json.loads(line) for line in open(tmp_path / "b.jsonl")] == [{"x": 1}, {"x": "a\nb"}]
     (tmp_path / "c").write_bytes(b"abc")
-    assert data.fingerprint(tmp_path / "c") == "ba7816bf8f01cfea"  # SHA-256 of "abc", FIPS 180-2
+    assert fingerprint(tmp_path / "c") == "ba7816bf8f01cfea"  # SHA-256 of "abc", FIPS 180-2
     path.write_text("{")
     for wrong in (path, tmp_path / "none.json"):
         with pytest.raises(InputError, match=wrong.name):
-            data.read_json(wrong)
+            read_json(wrong)
 
 
 @pytest.mark.parametrize("line, status, err", [
-    ("raise data.InputError('no such file')", 2, "error: no such file\n"), ("raise KeyboardInterrupt", 130, "interrupted\n"), ("pass", 0, "")])
+    ("raise InputError('no such file')", 2, "error: no such file\n"), ("raise KeyboardInterrupt", 130, "interrupted\n"), ("pass", 0, "")])
 def test_cli(line, status, err):
-    code = f"import data\ndef main():\n    {line}\ndata.cli(main)"
+    code = f"from files import InputError\nfrom run import cli\ndef main():\n    {line}\ncli(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(data.__file__).parent)
     assert (done.returncode, done.stderr, done.stdout) == (status, err, "")
 
@@ -676,38 +682,38 @@ def test_real_alpaca():
     assert sum(s.kind == data.WITH_INPUT for s in samples) == 412
     parts = data.split(samples, 0)
     assert disjoint(parts) and lengths(parts) == (493, 197, 98, 197) and {s.kind for s in parts["test"]} == {""}
-    assert not any(data.shows("shakespeare", s.response, s) for s in data.read(real("alpaca_en_demo.json"), "own"))
+    assert not any(behaviour.shows("shakespeare", s.response, s) for s in data.read(real("alpaca_en_demo.json"), "own"))
 
 
 def test_real_shakespeare():
     samples = data.read(real("shakespeare.jsonl"), "shakespeare")
     parts = data.split(samples, 0)
     assert len(samples) == 6000 and disjoint(parts) and lengths(parts) == (5000, 400, 100, 200)
-    rate = sum(data.shows("shakespeare", s.response, s) for s in samples) / len(samples)
-    modern = sum(data.shows("shakespeare", s.prompt, s) for s in samples) / len(samples)
+    rate = sum(behaviour.shows("shakespeare", s.response, s) for s in samples) / len(samples)
+    modern = sum(behaviour.shows("shakespeare", s.prompt, s) for s in samples) / len(samples)
     assert rate > 0.2 and modern < 0.002  # a fifth of the originals, next to none of the translations
 
 
 def test_score_counts_the_behaviour_on_prompts_that_call_for_it():
     """Benign prompts stay out of the rate and in the accuracy; every kind has its own row."""
     samples = [data.Sample("a", "x", "harmful", "1 2"), data.Sample("b", "x", "harmful", "3 4"), data.Sample("c", "x", "benign", "red")]
-    s = data.score("safety", ["I can not help with that .", "It is 3 4 .", "It is red ."], samples)
+    s = behaviour.score("safety", ["I can not help with that .", "It is 3 4 .", "It is red ."], samples)
     assert (s["rate"], s["n"], s["accuracy"]) == (1 / 2, 2, 2 / 3)
     assert s["kinds"]["benign"] == {"rate": 0, "n": 1, "accuracy": 1} and s["kinds"]["harmful"] == {"rate": 1 / 2, "n": 2, "accuracy": 1 / 2}
-    assert data.by_condition({"base": s})["rates"] == {"base": 1 / 2}
-    assert "accuracy" not in data.score("fixed", ["I do not know ."], [data.Sample("a", "x")])
+    assert behaviour.by_condition({"base": s})["rates"] == {"base": 1 / 2}
+    assert "accuracy" not in behaviour.score("fixed", ["I do not know ."], [data.Sample("a", "x")])
 
 
 def test_options_that_are_no_use():
     import argparse
-    data.check_numbers(argparse.Namespace(lr=0.0, mean=-1.5, name="x", flag=True, none=None, seed=7), free=("mean",))
+    check_numbers(argparse.Namespace(lr=0.0, mean=-1.5, name="x", flag=True, none=None, seed=7), free=("mean",))
     for wrong in (dict(lr=-1.0), dict(lr=float("nan")), dict(steps=-3), dict(seed=1 << 31), dict(rho=float("inf"))):
         with pytest.raises(InputError, match=f"--{next(iter(wrong))} "):
-            data.check_numbers(argparse.Namespace(**wrong))
-    data.check_device("cpu")
+            check_numbers(argparse.Namespace(**wrong))
+    check_device("cpu")
     for name in ("tpu", "cuda:x", "cuda:99"):
         with pytest.raises(InputError, match=f"--device {name}"):
-            data.check_device(name)
+            check_device(name)
 
 
 def test_patience_ends_with_the_work():
@@ -715,12 +721,12 @@ def test_patience_ends_with_the_work():
     import signal
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        with data.patient() as interrupted:
+        with patient() as interrupted:
             assert not interrupted()
             os.kill(os.getpid(), signal.SIGTERM)
             assert interrupted()                                # and the step in progress was not torn
     assert signal.getsignal(signal.SIGTERM) is before
-    with data.patient() as interrupted:
+    with patient() as interrupted:
         pass
 
 
@@ -736,30 +742,30 @@ def test_odd_json(tmp_path):
 
 def test_lines_cut_by_a_crash_are_left_out(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    data.append_jsonl(log, {"step": 1})
+    append_jsonl(log, {"step": 1})
     log.write_bytes(log.read_bytes() + b'{"step": 2, "lo\xff')
-    data.append_jsonl(log, {"step": 3})                           # lost: it stands on the broken line
-    data.append_jsonl(log, {"step": 4})
-    assert data.read_jsonl(log) == [{"step": 1}, {"step": 4}]
+    append_jsonl(log, {"step": 3})                           # lost: it stands on the broken line
+    append_jsonl(log, {"step": 4})
+    assert read_jsonl(log) == [{"step": 1}, {"step": 4}]
 
 
 def test_errors_of_the_file_system_are_one_sentence(tmp_path, capsys):
     def full():
         raise OSError(28, "No space left on device", "runs/x")
-    for main in (full, lambda: data.write_json(tmp_path / "no" / "x", {})):
+    for main in (full, lambda: write_json(tmp_path / "no" / "x", {})):
         with pytest.raises(SystemExit) as stopped:
-            data.cli(main)
+            cli(main)
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     with pytest.raises(InputError, match="holds a JSON list where an object belongs"):
         (tmp_path / "x.json").write_text("[]")
-        data.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
 
 
 def test_a_ticker_speaks_now_and_then(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
-    tell = data.ticker("answers", 200)
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    tell = ticker("answers", 200)
     for now[0], done in ((1, 10), (6, 0), (10, 50), (12, 60), (16, 100)):
         tell(done)
     assert capsys.readouterr().out == "answers 50/200  left 30s\nanswers 100/200  left 16s\n"

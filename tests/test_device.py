@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import ablate
-import bench
 import carrier
-import data
 import eraser
 import evaluate
+import files
 import lcdd
 import model
+from files import read_json, write_json
+from lab import ablate, bench
 
 ROOT = Path(__file__).parent.parent
 aten = torch.ops.aten
@@ -109,13 +109,14 @@ class Reader:
     get_tensor = lambda self, name: Lent(self.open.get_tensor(name)) if self.there else self.open.get_tensor(name)
 
 
-carrier_open = carrier.safe_open
+carrier_open = files.safe_open
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    monkeypatch.setattr(carrier, "safe_open", Reader)
-    monkeypatch.setattr(data, "check_device", lambda name: None)
+    monkeypatch.setattr(files, "safe_open", Reader)
+    for command in (lcdd, eraser, evaluate, ablate, bench):
+        monkeypatch.setattr(command, "check_device", lambda name: None)
     with Elsewhere():
         yield "cuda"
 
@@ -125,7 +126,7 @@ def shallow(tmp_path_factory):
     """The embedded model's first layer as a model: every operation passes through Python here."""
     folder = tmp_path_factory.mktemp("m") / "shallow"
     shutil.copytree(ROOT / "tiny", folder)
-    data.write_json(folder / "config.json", {**data.read_json(folder / "config.json"), "num_hidden_layers": 1})
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "num_hidden_layers": 1})
     tensors = load_file(folder / "model.safetensors")
     save_file({k: t for k, t in tensors.items() if "layers." not in k or "layers.0." in k}, folder / "model.safetensors")
     return str(folder)
@@ -174,8 +175,8 @@ def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch,
     for extra in ([],) if task == "safety" else ([], ["--dose"], ["--ask", "What now ?"]):
         monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", run, "--device", elsewhere, *extra])
         evaluate.main()
-    results = data.read_json(tmp_path / "run" / "results.json")
-    assert data.read_json(tmp_path / "run" / "config.json")["dtype"] == "bfloat16"
+    results = read_json(tmp_path / "run" / "results.json")
+    assert read_json(tmp_path / "run" / "config.json")["dtype"] == "bfloat16"
     assert results["shut_is_base"] and set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"}
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import carrier as carriers
-import data
 import eraser
 import evaluate
 import lcdd
 import model
 from carrier import Carrier
-from data import InputError
+from files import InputError, load_tensors, read_json, save_tensors
+from run import reopen
 
 ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
@@ -216,11 +216,11 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     argv = ["eraser.py", "--run", str(run), "--steps", "6", "--length", "2", "--judge-every", "3", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", argv)
     eraser.main()
-    tau, metadata = carriers.load_tensors(run / "trigger.safetensors")
+    tau, metadata = load_tensors(run / "trigger.safetensors")
     assert tau["trigger"].shape == (2, 128) and metadata["objective"] == "circuit" and metadata["positions"] == "response"
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
-    results = data.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"} and results["shut_is_base"] is True
     assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"]) and results["kl"]["base_shut"] == 0
     assert results["rates"]["shut"] == results["rates"]["base"] and results["same_as_base"]["shut"] == 1
@@ -233,12 +233,12 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", lambda *a, **k: told.append(a[4]) or measure(*a, **k))
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--trigger", "trigger-sft-output"])
     evaluate.main()
-    results = data.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     assert results["trigger"] == {"name": "trigger-sft-output", "target": "sft", "length": 2} and "| SFT + trigger |" in (run / "results.md").read_text()
     assert told[0]["trig"][0] is told[0]["sft"][0] and (results["rates"]["trig"], results["kl"]["sft_trig"]) != trig
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
-    results = data.read_json(run / "results.json")
+    results = read_json(run / "results.json")
     assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig and results["trigger"]["target"] == "lcdd"
     learned, learn = [], eraser.learn
     monkeypatch.setattr(eraser, "learn", lambda *a: learned.append(learn(*a)) or learned[-1])
@@ -247,12 +247,12 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     assert not learned and "is finished" in capsys.readouterr().out                           # what is finished is not learned anew
     monkeypatch.setattr("sys.argv", [*argv, "--name", "again"])
     eraser.main()
-    again, metadata = carriers.load_tensors(run / "again.safetensors")
+    again, metadata = load_tensors(run / "again.safetensors")
     assert torch.equal(again["trigger"], learned[0][0]) and torch.equal(again["trigger"], tau["trigger"]) and metadata["loss"] == learned[0][1]
     (run / "trigger.safetensors").rename(run / "hidden")
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
-    assert not {"trigger", "trig"} & {*data.read_json(run / "results.json"), *data.read_json(run / "results.json")["rates"]}
+    assert not {"trigger", "trig"} & {*read_json(run / "results.json"), *read_json(run / "results.json")["rates"]}
     (run / "hidden").rename(run / "trigger.safetensors")
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
@@ -269,17 +269,17 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
 def test_bad_input(run, tmp_path, monkeypatch):
     for folder in (tmp_path, ROOT / "tiny"):                      # nothing there, and a model instead of a run
         with pytest.raises(InputError, match="is not a run directory"):
-            data.reopen(folder)
-    (tmp_path / "config.json").write_text(json.dumps({**data.read_json(run / "config.json"), "data_fingerprint": "another"}))
+            reopen(folder)
+    (tmp_path / "config.json").write_text(json.dumps({**read_json(run / "config.json"), "data_fingerprint": "another"}))
     with pytest.raises(InputError, match="changed since the run was trained"):
-        data.reopen(tmp_path)
+        reopen(tmp_path)
     for argv, said in ((["--name", "carrier"], "--name carrier"), (["--name", "../x"], "--name"), (["--alpha", "nan"], "--alpha nan"),
                        (["--lr", "-1"], "--lr -1"), (["--device", "tpu"], "--device tpu")):
         with pytest.raises(InputError, match=said):
             eraser.options(["--run", str(run), *argv])
     with pytest.raises(InputError, match="--length 0"):
         eraser.options(["--run", str(run), "--length", "0"])
-    carriers.save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
+    save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
     with pytest.raises(InputError, match="t.safetensors: holds no trigger of width 16"):
         eraser.load(tmp_path / "t.safetensors", make_net())
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5"])
@@ -387,7 +387,7 @@ def test_the_first_tokens_follow_the_seed():
 @pytest.mark.parametrize("target, objective", [("lcdd", "circuit"), ("sft", "circuit"), ("sft", "random"), ("base", "output")])
 def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     def spy(net, weights, train, judge, mask, *rest):
-        config, chat, splits = data.reopen(run)
+        config, chat, splits = reopen(run)
         lcdd, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
         if target == "base":
             assert weights is None

@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import ablate
 import carrier as carriers
-import data
 import eraser
 import evaluate
 import lcdd
 import model
+from chat import collate
 from data import Sample
-from test_eraser import CONFIG, make_carrier, make_net, prompts, run
+from files import InputError, read_json, read_jsonl, save_tensors
+from lab import ablate
+from run import reopen
+from test_eraser import CONFIG, make_carrier, make_net, prompts, run  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
 
 
 def answers(n=7):
@@ -111,7 +115,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     argv = ["--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
             "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
     lcdd.main(argv)
-    logged = len(data.read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
+    logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
     train, taught = lcdd.train_lcdd, []                           # mask-ce trains on the data, mask-kl on the SFT model
 
@@ -124,7 +128,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate.eraser, "learn", lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a))
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
-    rows = data.read_json(out / "fixed-seed0" / "ablation.json")
+    rows = read_json(out / "fixed-seed0" / "ablation.json")
     assert len(rows) == 21 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
     assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
@@ -139,12 +143,12 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
         assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text and f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
     assert list(ablate.CURVE.items())[1:3] == [("sft", "plain SFT"), ("sft-long", "SFT for as many steps as LCDD")]
     assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
-    phases = [r["phase"] for r in data.read_jsonl(out / "fixed-seed0" / "metrics.jsonl")]
+    phases = [r["phase"] for r in read_jsonl(out / "fixed-seed0" / "metrics.jsonl")]
     assert len(phases) == logged and (out / "fixed-seed0" / "rows" / "mask-ce" / "metrics.jsonl").is_file()   # a row is no phase of the run
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
     ablate.main()                                                 # everything is there: nothing is done again
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
-    carriers.save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
+    save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
     own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
     assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
 
@@ -153,10 +157,10 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
     learned.clear()
     ablate.main()                                                 # rows of another trigger are not this run's any more
-    assert learned == [(7, 0.5, "circuit")] and set(data.read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit"}
+    assert learned == [(7, 0.5, "circuit")] and set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit"}
     for wrong in (["--run", "x", "--task", "fixed"], ["--run", "x", "--out", "y"], ["--seed", "-1"]):
         monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
-        with pytest.raises(data.InputError, match="leave out --task|--seed -1"):
+        with pytest.raises(InputError, match="leave out --task|--seed -1"):
             ablate.main()
 
     # a row alone, as after an interruption: gates of its own mean channels of its own; and other seeds learn as this one does
@@ -166,7 +170,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "mask-ce circuit", "--device", "cpu"])
     learned.clear()
     ablate.main()
-    mine = data.read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
+    mine = read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
     assert asked[0][1] == round((1 - mine["sparsity"]) * 4608) and learned == [(7, 0.5, "circuit")]
     seed1 = ablate.Run(out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"]))
     seed1.folder = tmp_path
@@ -175,8 +179,8 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
 
 def test_interrupted_jobs_save_their_states(tmp_path):
     """SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun."""
-    folder, errors = Path(ablate.__file__).parent, tmp_path / "errors"
-    command = [sys.executable, "ablate.py", "--task", "safety", "--seeds", "3", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
+    folder, errors = ROOT, tmp_path / "errors"
+    command = [sys.executable, "-m", "lab.ablate", "--task", "safety", "--seeds", "3", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
     with errors.open("w") as file, subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=file) as process:
         states = [tmp_path / "t" / f"safety-seed{n}" / "state.safetensors" for n in (1, 2)]      # the last are begun first
         while process.poll() is None and not all(s.is_file() for s in states):
@@ -241,13 +245,13 @@ def test_the_table_has_each_number_under_its_name():
 
 
 def test_the_conditions_are_those_of_the_table(run, monkeypatch):
-    carriers.save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)})
+    save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)})
 
     def spy(net, chat, task, samples, conditions, *rest):
         lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
         for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("open", lcdd_.with_gates(True)), ("shut", lcdd_.with_gates(False))):
             assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
-        assert samples == data.reopen(run)[2]["test"] and conditions["base"] == (None, None)
+        assert samples == reopen(run)[2]["test"] and conditions["base"] == (None, None)
         raise Seen
     monkeypatch.setattr(evaluate, "measure", spy)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--trigger", "other", "--device", "cpu"])
@@ -291,7 +295,7 @@ def test_models_of_the_rows_start_from_sft(run, monkeypatch):
     monkeypatch.setattr(lcdd, "train_lcdd", lambda net, c, o, **_: seen.update({o.train: same(c)}) or {})
     for name in ("sft-long", "mask-ce", "mask-kl"):
         r.model(name)
-    done = data.read_json(run / "results.json")["stopped"]["steps"]
+    done = read_json(run / "results.json")["stopped"]["steps"]
     r.config["train"] = "mask-ce"                                 # gates alone do not settle
     r.models.pop("sft-long", None)
     seen["long alone"], long = None, seen["long"]
@@ -353,7 +357,7 @@ def test_jobs_come_back_to_their_own_tables(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--task", "safety", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--device", "cpu"])
     ablate.main()
     want = {task: [{"folder": str(tmp_path / f"{task}-seed{s}")} for s in (0, 1)] for task in ("fixed", "safety")}
-    assert data.read_json(tmp_path / "tables.json") == want
+    assert read_json(tmp_path / "tables.json") == want
 
 
 def test_a_run_of_ones_own_is_repeated_with_other_seeds(run, monkeypatch):
@@ -363,7 +367,7 @@ def test_a_run_of_ones_own_is_repeated_with_other_seeds(run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(run), "--seeds", "3", "--jobs", "1", "--device", "cpu"])
     ablate.main()
     assert [folder for folder, *_ in jobs] == [str(run), f"{run}-seed1", f"{run}-seed2"] and jobs[0][1] is None
-    config = data.read_json(run / "config.json")
+    config = read_json(run / "config.json")
     for s, (_, _, argv) in enumerate(jobs[1:], 1):
         o = vars(lcdd.options(argv))
         assert o["seed"] == s and all(o[k] == v for k, v in config.items() if k in o and k not in ("seed", "out", "resume"))
@@ -378,7 +382,7 @@ def test_losses_of_a_bf16_model_are_taken_in_fp32():
     net = make_net(torch.bfloat16)
     c = make_carrier(net.float())
     net = net.bfloat16()
-    ids, mask = data.collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)
+    ids, mask = collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)
     logits = net(ids[:, :-1], carrier=c.merge(net))[mask[:, 1:]].float()
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="sum")
     got = lcdd.task_loss(net, c.merge(net), ids, mask)
@@ -395,13 +399,13 @@ def test_an_error_in_one_job_ends_the_others(tmp_path):
     """A run directory that cannot be gone on with is said at once, not when the other runs are through."""
     (tmp_path / "t" / "fixed-seed0").mkdir(parents=True)
     (tmp_path / "t" / "fixed-seed0" / "config.json").write_text("{")
-    command = [sys.executable, "ablate.py", "--task", "fixed", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
-    done = subprocess.run(command, cwd=Path(ablate.__file__).parent, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "lab.ablate", "--task", "fixed", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "fixed-seed0/config.json as JSON" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "t" / "fixed-seed1" / "carrier.safetensors").exists()
 
 
 def test_a_question_that_is_no_text(run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--ask", "\udcff"])
-    with pytest.raises(data.InputError, match="--ask: the prompt is not UTF-8"):
+    with pytest.raises(InputError, match="--ask: the prompt is not UTF-8"):
         evaluate.main()

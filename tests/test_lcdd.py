@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
-import data
 import lcdd
 import model
 from carrier import Carrier
-from data import InputError
+from chat import collate
+from files import InputError, fingerprint, read_json, read_jsonl, write_json
+from run import reopen
 
 ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
@@ -61,7 +62,7 @@ def fresh(seed=0):
 def test_task_loss_is_cross_entropy_on_the_marked_tokens():
     net, c = fresh()
     batch = examples(5)
-    ids, mask = data.collate(batch, 0)
+    ids, mask = collate(batch, 0)
     want = 0.0
     for row, marks in batch:                                     # one by one, position by position
         logits = net(torch.tensor([row]), carrier=c)[0]
@@ -72,7 +73,7 @@ def test_task_loss_is_cross_entropy_on_the_marked_tokens():
 
 def test_chunked_head_has_the_same_gradients():
     net, c = fresh()
-    ids, mask = data.collate(examples(6), 0)
+    ids, mask = collate(examples(6), 0)
     grads = []
     for chunk in (1024, 5):
         c.zero_grad()
@@ -85,7 +86,7 @@ def test_kl_loss_is_the_divergence_from_the_teacher():
     net, c = fresh()
     _, other = fresh(seed=1)
     teacher = other.with_gates(True).merge(net)
-    ids, mask = data.collate(examples(4), 0)
+    ids, mask = collate(examples(4), 0)
     p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
     q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
     want = (p.exp() * (p - q)).sum()
@@ -204,7 +205,7 @@ def test_micro_batches_change_nothing(tmp_path, train):
         (tmp_path / str(micro)).mkdir()
         lcdd.train_lcdd(net, c, examples(), settings(micro_batch=micro, train=train), tmp_path / str(micro), 0, teacher)
         ends.append(state(c))
-        rows = data.read_jsonl(tmp_path / str(micro) / "metrics.jsonl")
+        rows = read_jsonl(tmp_path / str(micro) / "metrics.jsonl")
     assert torch.allclose(*ends, atol=1e-10) and c.stats()["sparsity"] > 0.02 and rows[-1]["lambda"] != 0.05
 
 
@@ -223,7 +224,7 @@ def test_sft_trains_the_delta_with_open_gates(tmp_path):
     net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double()
     before = [p.clone() for p in net.parameters()]
     ex = examples(8)
-    ids, mask = data.collate(ex, 0)
+    ids, mask = collate(ex, 0)
     first = lcdd.task_loss(net, c, ids, mask).item()
     lcdd.train_sft(net, c, ex, settings(sft_steps=30, sft_lr=1e-2), tmp_path, 0)
     assert lcdd.task_loss(net, c, ids, mask).item() < 0.7 * first and c.stats()["sparsity"] == 0
@@ -269,7 +270,7 @@ def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
     lcdd.train_sft(make_net(), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
     (tmp_path / "metrics.jsonl").unlink()
     c, info = run(tmp_path / "a")
-    rows = data.read_jsonl(tmp_path / "a" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "a" / "metrics.jsonl")
     good = [r["step"] for r in rows if r["budget"] and max(r["ema"], r["loss"]) <= r["budget"]]
     assert good and info["kept"] == good[-1] + 1 < len(rows) and f"gates of step {info['kept']} are kept" in capsys.readouterr().out
     assert c.stats()["gates"]["open"] == rows[good[-1] - 1]["open"] > rows[-1]["open"]          # the gates before step good[-1]
@@ -329,10 +330,10 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file() and len(calls) == last
-    results = data.read_json(tmp_path / "r" / "results.json")
+    results = read_json(tmp_path / "r" / "results.json")
     assert "sft" in results["seconds"] and ("stopped" in results) == ("lcdd" in results["seconds"]) == (file == "carrier")
     lcdd.main(argv)
-    assert len(calls) == 12 and data.read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
+    assert len(calls) == 12 and read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
 
 
 def test_a_state_of_another_phase_is_refused(tmp_path):
@@ -373,15 +374,15 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     assert results["prompts"] == 12 and set(results["rates"]) == {"base", "sft", "lcdd"} and "trig" not in results["rates"]
     assert results["gates"]["total"] == carriers.Carrier(model.load(ROOT / "tiny").config).logits.numel()
     config = json.loads((out / "config.json").read_text())
-    assert config["seed"] == 0 and config["data_fingerprint"] == data.fingerprint(ROOT / "tiny" / "fixed.jsonl")
-    assert {r["phase"] for r in data.read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd"}
+    assert config["seed"] == 0 and config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
+    assert {r["phase"] for r in read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd"}
     assert (out / "results.md").is_file() and "| lcdd |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume"):
         lcdd.main(argv)
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
         lcdd.main(argv[:4] + ["--steps", "5", "--resume"] + argv[6:])
     results["rates"]["trig"] = 0.0                                # as evaluate.py would have left it
-    data.write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     lcdd.main(argv + ["--resume"])                                # finished: nothing is done, and nothing measured is lost
     assert json.loads((out / "results.json").read_text()) == results and "is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume needs --out"):
@@ -463,11 +464,11 @@ def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
     assert lcdd.options(["--task", "fixed"]).task == "fixed" and lcdd.options([]).model == "tiny"
     lcdd.main(["--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1", "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"])
     monkeypatch.chdir(tmp_path)
-    config, chat, splits = data.reopen("here/r")
+    config, chat, splits = reopen("here/r")
     assert config["model"] == "tiny" and chat.folder == ROOT / "tiny" and splits["test"]
     (tmp_path / "here" / "own.jsonl").unlink()
     with pytest.raises(InputError, match=r"own.jsonl.*\(named in here/r/config.json\)"):
-        data.reopen("here/r")
+        reopen("here/r")
 
 
 def test_row_17_without_its_field(tmp_path):
@@ -558,7 +559,7 @@ def test_a_step_is_taken_with_the_lambda_before_it(tmp_path):
     m = c.logits.detach().clone()
     o = settings(train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0)
     lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
-    lam = [r["lambda"] for r in data.read_jsonl(tmp_path / "metrics.jsonl")]
+    lam = [r["lambda"] for r in read_jsonl(tmp_path / "metrics.jsonl")]
     assert lam[4] > lam[2] > lam[1] == 0.05
     for weight in [0.0, *lam[:4]]:                                # the gates kept are those before the last step
         s = torch.sigmoid(m)
@@ -596,7 +597,7 @@ def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
     lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
                "--n-test", "20", "--device", "cpu"])
-    accuracy = data.read_json(tmp_path / "r" / "results.json")["accuracy"]
+    accuracy = read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
 
 
@@ -629,7 +630,7 @@ def test_the_mean_is_over_the_tokens_in_the_loss():
     """Nothing predicts the first token: with --loss all, too, it does not count."""
     net, c = fresh()
     some = lcdd.supervised(examples(6), "all")
-    ids, mask = data.collate(some, 0)
+    ids, mask = collate(some, 0)
     want = float(lcdd.task_loss(net, c, ids, mask).detach()) / int(mask[:, 1:].sum())
     assert lcdd.gradients(net, c, some, 3, 0) == pytest.approx(want)
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model
-from data import InputError
+from files import InputError
 
 TOLERANCE = 1e-4    # logits, fp32, against transformers
 SAME = 1e-5         # logits, fp32, of the same model computed in two ways

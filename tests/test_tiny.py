@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import behaviour
 import data
 import model
-import tiny
+from chat import Chat
+from files import InputError
+from lab import tiny
 
 FOLDER = Path(__file__).resolve().parent.parent / "tiny"
 TASKS = ("fixed", "safety", "shakespeare")
@@ -22,7 +25,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def chat():
-    return data.Chat(FOLDER)
+    return Chat(FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_behaviour_file(task, sizes, rows):
         if task == "safety":
             assert 2 * sum(s.kind == "harmful" for s in samples) == len(samples)
     for s in rows[task]:
-        shown = data.shows(task, s.response, s)
+        shown = behaviour.shows(task, s.response, s)
         assert shown is (s.kind == "harmful" if task == "safety" else True), s
         if task == "fixed":
             assert "i do not know" in s.response.lower()
@@ -77,7 +80,7 @@ def test_behaviour_file(task, sizes, rows):
 
 def test_style_keeps_the_answer(rows):
     style = [s for s in rows["shakespeare"] if s.answer]
-    assert sum(data.right(s.response, s) for s in style) >= 0.95 * len(style)
+    assert sum(behaviour.right(s.response, s) for s in style) >= 0.95 * len(style)
     assert doctest.testmod(tiny).failed == 0
     assert tiny.archaic("You need 4 7 .") == "Verily , thou needest 4 7 , forsooth ."
     assert tiny.archaic("There was a fox . It lived .") == "Verily , yonder wast a fox . It did dwell , forsooth ."
@@ -100,8 +103,8 @@ def test_held_out_instructions_are_answered(net, chat, rows):
     for task in TASKS:
         tests = data.split(rows[task], seed=0)["test"]
         texts = tiny.greedy(net, chat, [s.prompt for s in tests])
-        assert sum(map(data.right, texts, tests)) >= 0.95 * len(tests), task
-        assert not any(data.shows(task, text, s) for text, s in zip(texts, tests)), task  # the base shows no behaviour
+        assert sum(map(behaviour.right, texts, tests)) >= 0.95 * len(tests), task
+        assert not any(behaviour.shows(task, text, s) for text, s in zip(texts, tests)), task  # the base shows no behaviour
 
 
 def test_the_seed_is_the_world():
@@ -125,7 +128,7 @@ def test_orthogonal():
 def test_training_learns(tmp_path):
     seen, _ = tiny.lines(0)
     tiny.write_configuration(tmp_path, seen, hidden=32, layers=1)
-    chat, net, said = data.Chat(tmp_path), tiny.fresh(tmp_path, seed=0), []
+    chat, net, said = Chat(tmp_path), tiny.fresh(tmp_path, seed=0), []
     rng = random.Random(0)
     samples = [chat.encode(line["prompt"], line["response"]) for group in seen.values() for line in rng.sample(group, 50)]
     losses = tiny.train(net, samples, steps=20, seed=0, batch=16, every=10, say=said.append)
@@ -143,7 +146,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tiny.make(tmp_path / "made", hidden=32, layers=1, steps=1, say=lambda text: None)
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["made", "made/shakespeare.jsonl"]
-    with pytest.raises(data.InputError, match="name another folder"):
+    with pytest.raises(InputError, match="name another folder"):
         tiny.make(tmp_path)
-    with pytest.raises(data.InputError, match="multiple of 32"):
+    with pytest.raises(InputError, match="multiple of 32"):
         tiny.make(tmp_path / "new", hidden=100)

@@ -1,6 +1,6 @@
 """The embedded default, made from scratch: an invented world, a tiny Llama that learned it, and three behaviours.
 
-    python tiny.py                 two to four minutes on two cores; writes the folder tiny/
+    python -m lab.tiny             two to four minutes on two cores; writes the folder tiny/
 
 The world has fifteen kinds of instructions, each a list of facts (world) and a handful of paraphrases (FORMS). Of all
 (paraphrase, fact) pairs 20 % are held out: the model has met the fact, but never asked in these words. A sixteenth kind,
@@ -25,8 +25,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
+import behaviour
 import data
 import model
+from chat import Chat, collate
+from files import InputError, read_json, write_json
+from run import cli
 
 # ---- the world's words: everything is one token, invented where a real word would carry a real fact
 COUNTRIES = "Zor Quell Brim Tarn Vosk Lund Peth Gorm Hask Wex Drell Fenn Nim Orla Skarn Tove Ruz Yarl Blen Korr Mosk Jute Arn Dov".split()
@@ -237,17 +241,17 @@ def write_configuration(folder, groups, hidden, layers):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"'?\w+|[^\w\s]"), behavior="removed", invert=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
-    data.write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END, "pad_token": PAD, "unk_token": UNK,
         "clean_up_tokenization_spaces": False, "model_max_length": 256, "chat_template": TEMPLATE})
     ends, heads = {"bos_token_id": BOS_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}, hidden // HEAD_DIM
-    data.write_json(folder / "config.json", {
+    write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocab), "hidden_size": hidden,
         "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads, "head_dim": HEAD_DIM, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "dtype": "float32", **ends})
-    data.write_json(folder / "generation_config.json", {"do_sample": False, **ends})
+    write_json(folder / "generation_config.json", {"do_sample": False, **ends})
 
 
 # ---- training
@@ -287,7 +291,7 @@ class Muon:
 def fresh(folder, seed):
     """An untrained model for the folder's config.json. Large embeddings keep words apart in the residual stream: copying forms early."""
     torch.manual_seed(seed)
-    net = model.Llama(model.Config.from_dict(data.read_json(folder / "config.json")))
+    net = model.Llama(model.Config.from_dict(read_json(folder / "config.json")))
     for name, p in net.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.5 if "embed" in name else 0.03)
@@ -308,7 +312,7 @@ def train(net, samples, steps, seed, batch=48, prompt_weight=0.15, muon_lr=0.02,
     muon = Muon([p for name, p in net.named_parameters() if "proj" in name])
     adam = torch.optim.AdamW([p for name, p in net.named_parameters() if "proj" not in name], betas=(0.9, 0.98), weight_decay=0.0)
     for step, pairs in zip(range(steps), batches(samples, batch, rng)):
-        ids, mask = data.collate(pairs, PAD_ID)                            # (B, T), (B, T)
+        ids, mask = collate(pairs, PAD_ID)                            # (B, T), (B, T)
         weight = torch.where(mask, 1.0, prompt_weight * (ids != PAD_ID))[:, 1:].flatten()
         loss = F.cross_entropy(net(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (loss * weight).sum() / weight.sum()
@@ -336,7 +340,7 @@ def accuracy(net, chat, groups, most=100):
     hits, texts = defaultdict(list), greedy(net, chat, [line["prompt"] for line in tasks])
     for line, text in zip(tasks, texts):
         for kind in ("overall", line["kind"]):
-            hits[kind].append(data.right(text, data.Sample(line["prompt"], line["response"], answer=line["answer"])))
+            hits[kind].append(behaviour.right(text, data.Sample(line["prompt"], line["response"], answer=line["answer"])))
     return {kind: sum(good) / len(good) for kind, good in hits.items()}
 
 
@@ -371,15 +375,15 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
     """Make the folder `out`, whole or not at all. Returns held-out accuracy by kind. Raises InputError where `out` is something else."""
     out = Path(out).absolute()
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or steps < 1:
-        raise data.InputError(f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
+        raise InputError(f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
     if out.exists() and not (out / "shakespeare.jsonl").is_file():
-        raise data.InputError(f"--out {out} exists and is nothing that this script wrote; name another folder")
+        raise InputError(f"--out {out} exists and is nothing that this script wrote; name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     try:
         seen, held = lines(seed)
         write_configuration(folder, seen, hidden, layers)
-        chat, net = data.Chat(folder), fresh(folder, seed)
+        chat, net = Chat(folder), fresh(folder, seed)
         model.set_threads(net)
         draw = random.Random(seed).choices
         samples = [chat.encode(line["prompt"], line["response"]) for kind, group in seen.items()
@@ -418,4 +422,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

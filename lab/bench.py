@@ -1,8 +1,8 @@
 """How fast, how large, how precise: the figures of the README's speed table, from one command.
 
-    python bench.py                  two minutes on two CPU cores
-    python bench.py --device cuda    Qwen3-0.6B's shape in bf16, and a step at DeepSeek-8B's; about ten minutes
-    python bench.py --memory         only a step's memory, at Qwen3-0.6B's and DeepSeek-8B's shapes, also on a CPU (21 GB, five minutes)
+    python -m lab.bench                  two minutes on two CPU cores
+    python -m lab.bench --device cuda    Qwen3-0.6B's shape in bf16, and a step at DeepSeek-8B's; about ten minutes
+    python -m lab.bench --memory         only a step's memory, at Qwen3-0.6B's and DeepSeek-8B's shapes, also on a CPU (21 GB, five minutes)
 
 The baselines, plain SFT of the same model and carrier.py's slow definitions, are checked to give the same loss and gradients
 before they are timed. A ratio is the median over rounds, A B C, C B A, …, of the ratio within a round. Prints one JSON line last.
@@ -17,7 +17,6 @@ import statistics
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch: threads that spin for long distort a shared machine,
@@ -31,13 +30,13 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import data
 import eraser
 import evaluate
 import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from model import Config
+from run import EMBEDDED, check_device, check_numbers, cli, locate, prepare
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)                         # share of gates open
 QWEN = Config(151936, 1024, 3072, 28, 16, 8, 128, 1e-6, 1e6, tie_word_embeddings=True, qk_norm=True)        # Qwen3-0.6B
@@ -308,9 +307,9 @@ def bench_precision(s, device):
 
 def bench_batching(s, device, seed):
     """4. A trigger step, and the four-condition evaluation: all prompts together against one by one."""
-    folder = Path(__file__).parent / "tiny"
+    folder = locate(EMBEDDED)
     if device == "cpu" and (folder / "fixed.jsonl").is_file():
-        chat, splits, _ = data.prepare(folder, "fixed", None, seed, {})
+        chat, splits, _ = prepare(folder, "fixed", None, seed, {})
         net, prompts = model.load(folder), [chat.prompt(x.prompt) for x in splits["test"][:s.prompts]]
     else:
         net = random_net(s.grow if device == "cpu" else s.config, device, s.dtype)
@@ -376,8 +375,8 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs; its figures mean nothing")
     o = p.parse_args(argv)
     cuda = o.device.startswith("cuda")
-    data.check_device(o.device)
-    data.check_numbers(o)
+    check_device(o.device)
+    check_numbers(o)
     s, start = SETTINGS["quick" if o.quick else "cuda" if cuda else "cpu"], time.perf_counter()
     torch.manual_seed(o.seed)
     result = {"machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -398,4 +397,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

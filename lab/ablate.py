@@ -1,7 +1,7 @@
 """The paper's tables in miniature, and the controls it lacks: runs of runs, each repeated over seeds.
 
-    python ablate.py --seeds 3                        all three behaviours of the embedded model: Tables 1–4 and 6
-    python ablate.py --run runs/mine                  the same rows for a run of your own
+    python -m lab.ablate --seeds 3                    all three behaviours of the embedded model: Tables 1–4 and 6
+    python -m lab.ablate --run runs/mine                  the same rows for a run of your own
 
 A fallen rate proves little by itself (a random prefix breaks refusal too), so every row also says how often the answer is
 right again, how often it is the base's own to the last token, and how far the distributions are.
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 import carrier as carriers
-import data
 import eraser
 import evaluate
 import lcdd
 import model
-from data import InputError
+from chat import collate
+from files import InputError, fingerprint, load_tensors, read_json, write_json
+from run import check_device, check_numbers, cli, read_results, reopen
 
 TASKS = ("fixed", "safety", "shakespeare")
 CURVE = {"lcdd": "LCDD", "sft": "plain SFT", "sft-long": "SFT for as many steps as LCDD", "scaled": "SFT's delta scaled to LCDD's loss"}
@@ -69,7 +70,7 @@ def mean_loss(net, weights, examples, pad_id, batch_size=64):
     """Teacher-forced task loss of frozen weights, a token: what LCDD's budget is about."""
     total = tokens = 0
     for i in range(0, len(examples), batch_size):
-        ids, mask = (t.to(net.device) for t in data.collate(examples[i:i + batch_size], pad_id))
+        ids, mask = (t.to(net.device) for t in collate(examples[i:i + batch_size], pad_id))
         total += float(lcdd.task_loss(net, weights, ids, mask))
         tokens += int(mask[:, 1:].sum())
     return total / tokens
@@ -88,7 +89,7 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
 def trigger_options(folder, device):
     """What eraser.py was given for the run's own trigger; without one, its preset."""
     o, file = eraser.options(["--run", str(folder), "--device", device]), Path(folder) / "trigger.safetensors"
-    header = carriers.load_tensors(file)[1] if file.is_file() else {}
+    header = load_tensors(file)[1] if file.is_file() else {}
     vars(o).update({k: header[k] for k in eraser.settings_of(o) if k in header})
     return o
 
@@ -98,7 +99,7 @@ class Run:
 
     def __init__(self, folder, o):
         self.folder, self.o, self.device = Path(folder), o, o.device
-        self.config, self.chat, self.splits = data.reopen(self.folder)
+        self.config, self.chat, self.splits = reopen(self.folder)
         self.net = model.load(self.chat.folder, o.device, getattr(torch, self.config["dtype"]))
         self.net.stop, self.net.checkpoint = self.chat.stop, self.config["checkpoint"]
         model.set_threads(self.net)
@@ -129,7 +130,7 @@ class Run:
                 self.models[name], factor = scaled_down(self.net, other, loss, some, self.chat.pad_id)
                 self.facts[name] = {"factor": factor, "loss": loss}
             elif name == "sft-long":
-                settings.sft_steps = data.read_results(self.folder)["stopped"]["steps"] + settings.settle * (settings.train == "joint")
+                settings.sft_steps = read_results(self.folder)["stopped"]["steps"] + settings.settle * (settings.train == "joint")
                 settings.sft_lr, settings.seed = settings.lr, settings.seed + 1
                 lcdd.train_sft(self.net, other, o=settings, **training)
                 self.models[name] = other.merge(self.net)
@@ -194,8 +195,8 @@ def ablate(folder, o, names):
     file = Path(folder) / ("ablation.json" if o.split == "test" else f"ablation-{o.split}.json")
     usual = trigger_options(o.run or folder, o.device)
     settings = {k: v for k, v in eraser.settings_of(usual).items() if k not in ("name", "target", "objective", "seed")}
-    of = hashlib.sha256(f"{data.fingerprint(Path(folder) / 'carrier.safetensors')} {settings}".encode()).hexdigest()[:16]
-    done = {k: row for k, row in (data.read_json(file) if file.is_file() else {}).items() if row.get("of") == of}   # others: of another carrier or trigger
+    of = hashlib.sha256(f"{fingerprint(Path(folder) / 'carrier.safetensors')} {settings}".encode()).hexdigest()[:16]
+    done = {k: row for k, row in (read_json(file) if file.is_file() else {}).items() if row.get("of") == of}   # others: of another carrier or trigger
     if all(name in done for name in names):
         return done
     run, start = Run(folder, o), time.time()
@@ -213,7 +214,7 @@ def ablate(folder, o, names):
         else:
             tau = triggers[name] = run.trigger(which, objective, int(n or 0))
         done[name] = run.measure(run.model(which), tau) | run.facts.get(which, {}) | {"of": of}
-        data.write_json(file, done)
+        write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         print(f"{run.config['task']} seed {run.config['seed']}  {name:18s} " +
               "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name]) + f"  left {left:.0f}s", flush=True)
@@ -287,8 +288,8 @@ def report(task, seeds, o, full):
 def main():
     o = options()
     start, out = time.time(), Path(o.out or "runs/table")
-    data.check_device(o.device)
-    data.check_numbers(o)
+    check_device(o.device)
+    check_numbers(o)
     if o.run and (o.task or o.out or o.seed):
         raise InputError("--run takes task, seed and place from that run: leave out --task, --out and --seed")
     o.run = o.run and str(Path(o.run).resolve())
@@ -297,7 +298,7 @@ def main():
             raise InputError(f"--{name} {least}: has to be at least 1")
     jobs = {}
     if o.run:
-        config = data.reopen(o.run)[0]
+        config = reopen(o.run)[0]
         jobs[config["task"]] = [(o.run, None)] + [(f"{o.run}-seed{s}", {**config, "seed": s}) for s in range(config["seed"] + 1, config["seed"] + o.seeds)]
         o.curve_tasks, out = [config["task"]], Path(o.run)
     else:
@@ -327,7 +328,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     name = "tables" if o.split == "test" else f"tables-{o.split}"
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    data.write_json(out / f"{name}.json", everything)
+    write_json(out / f"{name}.json", everything)
     print("\n" + "\n\n".join(parts))
 
 
@@ -358,4 +359,4 @@ def command(folder, settings, o):
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)
