@@ -199,12 +199,12 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     of `judge`; the τ that was judged lowest is returned. `state`: a file to save to and to go on from.
     """
     mask = mask.to(net.device)
-    tokens = net.embedding.float()
+    tokens = model.wide(net.embedding)
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
     lr = o.lr if o.absolute else o.lr * unit / math.sqrt(tokens.shape[1])
     if len(train.ids) < 2 and not o.raw:
         raise InputError("one trigger prompt has no variance to divide Eq. 7 by; give more with lcdd.py --n-trigger, or --raw")
-    variance = None if o.raw else train.stream.float().var(1)                             # (L, d)
+    variance = None if o.raw else model.wide(train.stream).var(1)                             # (L, d)
     generator = torch.Generator().manual_seed(o.seed)
     tau = tokens[torch.randint(len(tokens), (o.length,), generator=generator).to(net.device)].clone()
     tau = project(tau, o.bound * unit).requires_grad_(True)
