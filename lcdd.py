@@ -64,6 +64,7 @@ def options(argv=None):
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     a("--dtype", choices=("float32", "bfloat16"), help="of the base weights (default bfloat16 on cuda, float32 on cpu)")
     a("--delta-dtype", choices=("float32", "bfloat16"), default="float32", help="of deltas and optimizer state")
+    a("--sft-dtype", choices=("float32", "bfloat16"), help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true", help="recompute layers in the backward pass: less memory, more time")
     a = p.add_argument_group("data").add_argument
     for name, n in data.SIZES.items():
@@ -117,6 +118,7 @@ def options(argv=None):
     o.model, o.data, o.sft = (str(Path(x).resolve()) if x and x != EMBEDDED and Path(x).exists() else x for x in (o.model, o.data, o.sft))
     o.task = str(Path(o.task).resolve()) if o.task.endswith(".jsonl") else o.task                 # a run may be looked at from anywhere
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
+    o.sft_dtype = o.sft_dtype or o.delta_dtype
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
     for name in ("batch", "micro_batch", "max_len", "max_new_tokens", "log_every", "window", "patience", "save_every"):
         if getattr(o, name) < 1:
@@ -418,6 +420,12 @@ def delta_of(net, folder, o):
     return carrier, elsewhere
 
 
+def portable(o):
+    """The settings of a run as they may travel: without paths of this machine."""
+    settings = {k: v for k, v in vars(o).items() if k not in ("out", "resume", "device")}
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in settings.items()}
+
+
 def main(argv=None):
     o = options(argv)
     chat, splits, source = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
@@ -437,6 +445,7 @@ def main(argv=None):
     train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
     results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
     seconds = results["seconds"]
+    travels = {"task": Path(o.task).name, "settings": portable(o)}                          # in the header of what may leave the run
     if (run / "carrier.safetensors").is_file() and "rates" in results:
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
@@ -454,7 +463,7 @@ def main(argv=None):
             else:
                 sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
                 train_sft(net, sft, **train, interrupted=interrupted)
-            sft.save(sft_file, net, phase="sft")
+            sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
             seconds["sft"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
 
@@ -462,12 +471,12 @@ def main(argv=None):
     sft = tuned = None
     start = time.time()
     if not carrier_file.is_file():
-        lcdd = carriers.load(sft_file, net)
+        lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
         teacher = lcdd.merge(net) if o.train == "mask-kl" else None
         lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
         with patient() as interrupted:
             results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **train, interrupted=interrupted)
-            lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
+            lcdd.save(carrier_file, net, phase="lcdd", **travels)
             seconds["lcdd"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
@@ -482,6 +491,7 @@ def main(argv=None):
         texts = [chat.decode(a) for a in answers]
         scores[name] = behaviour.score(o.task, texts, samples)
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
+    carriers.annotate(carrier_file, metrics={k: results[k] for k in ("stopped", "rates", "accuracy", "prompts") if k in results})
     write_json(run / "results.json", results)
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |", "|---|---|---|---|---|---|"]
     for name, s in scores.items():
