@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import behaviour
 import carrier as carriers
+import lora
 import data
 import model
 from carrier import Carrier, penalty
@@ -56,7 +57,7 @@ def options(argv=None):
     a("--model", help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
     a("--task", default="fixed", help="fixed, safety, shakespeare, or FILE.jsonl with prompt and response (default fixed)")
     a("--data", help="the task's data; default: TASK.jsonl beside the checkpoint")
-    a("--sft", help="your own fine-tuned checkpoint of the same model, instead of phase 1")
+    a("--sft", help="your own fine-tuned checkpoint of the same model, or a PEFT LoRA adapter, instead of phase 1")
     a("--out", help="run directory (default runs/TASK, numbered)")
     a("--resume", action="store_true", help="go on where the run in --out stopped; starts it where there is none")
     a("--preset", choices=PRESETS, help="named settings: tiny-* (default without --model), paper-* (Table 7)")
@@ -402,7 +403,13 @@ def supervised(examples, loss):
 
 
 def delta_of(net, folder, o):
-    """Δ = W_sft − W_b of the user's own checkpoint as a carrier, and what it changed elsewhere: {tensor: relative norm}."""
+    """
+    Δ = W_sft − W_b of the user's own checkpoint or PEFT LoRA adapter as a carrier with every gate open, and what the
+    checkpoint changed elsewhere: {tensor: relative norm}.
+    """
+    if (Path(folder) / lora.CONFIG).is_file():
+        adapter = lora.read(folder, net, getattr(torch, o.delta_dtype))
+        return adapter.with_gates(True), {}
     tuned = model.load(folder, o.device, net.dtype)                # rounded as the base is: what is equal stays equal
     if tuned.config != net.config:
         raise InputError(f"{folder}/config.json: not the same architecture as {o.model}; --sft wants a fine-tuned copy of it")

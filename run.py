@@ -95,7 +95,8 @@ def locate(name):
         raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
     import huggingface_hub  # slow to import, and only needed here
     files = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
-             "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json"]
+             "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json",
+             "adapter_config.json", "adapter_model.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
     except Exception as e:  # the client raises its own errors, OSErrors and those of its HTTP library

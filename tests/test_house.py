@@ -9,6 +9,7 @@ FLOORS = [
     {"files"},
     {"chat", "data", "model"},
     {"run", "behaviour", "carrier", "paper"},
+    {"lora"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},
