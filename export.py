@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import carrier as carriers
 import eraser
 import lora
 import model
+import weights
 from files import InputError, read_json, write_json
 from run import EMBEDDED, cli, locate
 
@@ -94,35 +94,39 @@ def write_merged(folder, source, carrier, dtype=None):
         _, l, projection = name.split(".")
         blocks[f"{lora.module_name(l, projection)}.weight"] = delta, rows, cols
     missed = size = total = 0.0
-    for file in model.shards(source):
+    files, index = weights.shards(source)
+    for file in files:
         tensors = {}
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                t = f.get_tensor(name)
-                kept = dtype or t.dtype
-                if name in blocks:
-                    delta, rows, cols = blocks[name]
-                    at = rows[:, None], cols
-                    exact = t.float()
-                    exact[at] += delta[at].float()
-                    missed += float((exact.to(kept).float() - exact)[at].square().sum())
-                    size += float(delta[at].float().square().sum())
-                    t = exact
-                tensors[name] = t.to(kept)
-                total += tensors[name].numel() * tensors[name].element_size()
-        save_file(tensors, folder / file.name, {"format": "pt"})
+        for name, t in weights.tensors(file):
+            kept = dtype or t.dtype
+            if name in blocks:
+                delta, rows, cols = blocks[name]
+                at = rows[:, None], cols
+                exact = t.to(torch.float32, copy=True)
+                exact[at] += delta[at].float()
+                missed += float((exact.to(kept).float() - exact)[at].square().sum())
+                size += float(delta[at].float().square().sum())
+                t = exact
+            tensors[name] = t.to(kept, copy=True, memory_format=torch.contiguous_format)
+            total += tensors[name].numel() * tensors[name].element_size()
+        save_file(tensors, folder / as_safetensors(file.name), {"format": "pt"})
     for path in companions(source):
         shutil.copyfile(path, folder / path.name)
-    index = source / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").is_file():
+    if index is not None:
         found = read_json(index)
         found["metadata"] = {**(found.get("metadata") or {}), "total_size": int(total)}
-        write_json(folder / index.name, found)
+        found["weight_map"] = {name: as_safetensors(file) for name, file in found["weight_map"].items() if not name.endswith(weights.NO_WEIGHT)}
+        write_json(folder / as_safetensors(index.name), found)
     if dtype is not None:
         config = read_json(folder / "config.json")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
     return (missed / size) ** 0.5 if size else 0.0
+
+
+def as_safetensors(name):
+    """The name of a file of weights, or of their index, in safetensors' form; such a one stays as it is."""
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 def write_prompt(folder, tau, config, base):

@@ -199,6 +199,22 @@ def test_shards_files_and_dtypes_are_the_bases(tmp_path):
 
 
 @torch.no_grad()
+def test_a_base_in_bin_files_is_merged_to_safetensors(tmp_path):
+    run, base, net, carrier, _ = make_run(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        torch.save({name: t for name, t in tensors.items() if files[name] == file} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}, base / file)
+    write_json(base / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files})
+    (base / "model.safetensors").unlink()
+    export.main(["--run", str(run), "--to", str(tmp_path / "to"), "--as", "merged"])
+    to = tmp_path / "to" / "merged"
+    assert {p.name for p in to.glob("model*")} == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    assert not list(to.glob("*bin*"))
+    alike(theirs(to)(IDS).logits, net(IDS, carrier=carrier))
+
+
+@torch.no_grad()
 def test_dtype_as_asked(tmp_path, capsys):
     run, base, net, carrier, _ = make_run(tmp_path, size=1e-3)
     export.main(["--run", str(run), "--to", str(tmp_path / "to"), "--as", "merged", "--dtype", "bfloat16"])

@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
+    {"weights", "spm"},
     {"chat", "data", "model"},
     {"run", "behaviour", "carrier", "paper"},
     {"lora"},
