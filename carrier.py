@@ -6,10 +6,16 @@ Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·
 A carrier is handed to the forward pass (`net(ids, carrier=c)`). It comes in two states: `Carrier`, whose gates and
 deltas train, and `Merged`, frozen weights for everything that only reads (generation, KL, the trigger).
 """
+import argparse
 import copy
 import functools
 import hashlib
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,6 +35,7 @@ PROJECTIONS = {
     "down_proj": ("ffn_write",  "ffn_hidden"),
 }
 DENSE_BELOW = 1 << 13   # a Δ with fewer entries than this is not worth gathering open rows and columns for
+FORMAT = 2              # of the packed carrier file
 LANES = 8               # gathered rows and columns are padded to a multiple of this: 16 bytes of bf16, what matrix units want
 
 
@@ -230,12 +237,32 @@ class Carrier(nn.Module):
         other._parameters = {"logits": nn.Parameter(torch.full_like(self.logits, 1.0 if value else -1.0))}
         return other
 
-    def save(self, path, net, **metadata):
-        """Write gate logits, deltas and metadata (JSON values in the header) to `path`, whole or not at all."""
-        tensors = {f"delta.{l}.{name}": p.detach().cpu().contiguous() for l, layer in enumerate(self.delta) for name, p in layer.items()}
-        vectors = self.logits.detach().cpu().split(list(self.sizes.values()), dim=1)
-        tensors |= {f"logits.{group}": v.contiguous() for group, v in zip(GROUPS, vectors)}
-        save_tensors(path, tensors, base=fingerprint(net), **self.stats(), **metadata)
+    def open_blocks(self):
+        """(name of the tensor, Δ, its open rows, its open columns) of every projection in which any entry is on."""
+        for l, layer in enumerate(self.split(self.logits > 0)):
+            for name, delta in self.delta[l].items():
+                rows, cols = (gate.nonzero().squeeze(1) for gate in self.vectors(layer, name))
+                if len(rows) and len(cols):
+                    yield f"delta.{l}.{name}", delta, rows, cols
+
+    @torch.no_grad()
+    def save(self, path, net, dtype=None, logits=False, **metadata):
+        """
+        Write the packed file, whole or not at all: Δ where both gates are open, and the gates at one bit each.
+
+        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for training that is to go on.
+        metadata: JSON values for the header. What Δ holds under shut gates is dropped.
+        """
+        tensors = {"gates": pack_bits(self.logits > 0)}                                      # (L, ⌈gates a layer / 8⌉)
+        if logits:
+            tensors["logits"] = self.logits.detach().cpu()
+        for name, delta, rows, cols in self.open_blocks():
+            block = delta.detach()
+            if (len(rows), len(cols)) != block.shape:
+                block = block[rows[:, None], cols]                                           # (|R|, |C|)
+            tensors[name] = block.to("cpu", dtype or delta.dtype).contiguous()
+        save_tensors(path, tensors, format=FORMAT, base=fingerprint(net), content=digest(tensors), groups=self.sizes,
+                     **self.stats(), **metadata)
 
 
 class Merged:
@@ -255,25 +282,139 @@ class Merged:
 
 # ------------------------------------------------------------------------------------------------------ the carrier's file
 
+def digest(tensors, dtype=None):
+    """A short hash of named tensors, rounded to `dtype` where one is given: of names, shapes and bytes."""
+    def one(name):
+        t = tensors[name].detach()
+        t = t.to("cpu", dtype or t.dtype).contiguous()
+        return f"{name} {tuple(t.shape)} {hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest()}"
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        lines = "\n".join(pool.map(one, sorted(tensors)))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
 def fingerprint(net):
-    """A short hash of the base a carrier belongs to: its shapes and a sample of its weights, the same in every dtype."""
-    h = hashlib.sha256()
-    for l in range(len(net.model.layers)):
-        for name, module in net.projections[l].items():
-            h.update(f"{name}{tuple(module.weight.shape)}".encode())
-            h.update(module.weight[0].detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()[:16]
+    """
+    A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that one checkpoint has
+    one fingerprint in every precision. Computed once a net: the base's weights are never changed.
+    """
+    if not hasattr(net, "fingerprint"):
+        net.fingerprint = digest(net.state_dict(), torch.bfloat16)
+    return net.fingerprint
 
 
-def load(path, net):
-    """The carrier in `path`, on the base `net`. Raises InputError if it was made on another base or is incomplete."""
-    tensors, metadata = load_tensors(path, net.device)
-    if metadata.get("base") != fingerprint(net):
+def pack_bits(gates):
+    """(L, gates a layer) bool → (L, ⌈gates a layer / 8⌉) uint8, the first gate in the highest bit."""
+    return torch.from_numpy(np.packbits(gates.cpu().numpy(), axis=1))
+
+
+def unpack_bits(packed, count):
+    """pack_bits() undone, for `count` gates a layer."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=count)).bool()
+
+
+def read_packed(path):
+    """(tensors, header) of a packed carrier file. Raises InputError where it has another format or is damaged."""
+    tensors, header = load_tensors(path)
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path}: no carrier of format {FORMAT} (its header says {header.get('format')}); run the command that writes it again")
+    if header.get("content") != digest(tensors):
+        raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, or run the command that writes it again")
+    return tensors, header
+
+
+def load(path, net, dtype=None):
+    """
+    The carrier in `path`, on the base `net`; Δ in `dtype` (None: as in the file). Logits are +1 and −1 where the file
+    has gates only. Raises InputError if it was made on another base, has another format, is damaged or incomplete.
+    """
+    tensors, header = read_packed(path)
+    if header.get("base") != fingerprint(net):
         raise InputError(f"{path}: this carrier was made on another base model; load the one named in its config.json")
-    carrier = Carrier(net.config, device=net.device, dtype=next((t.dtype for k, t in tensors.items() if k[:5] == "delta"), None))
+    stored = next((t.dtype for name, t in tensors.items() if name.startswith("delta.")), torch.float32)
+    carrier = Carrier(net.config, dtype or stored, net.device)
     try:
-        tensors["logits"] = torch.cat([tensors.pop(f"logits.{group}") for group in GROUPS], dim=1)
-        carrier.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+        gates = unpack_bits(tensors.pop("gates"), carrier.logits.shape[1])
+        logits = tensors.pop("logits", gates.float() * 2 - 1)
+        with torch.no_grad():
+            carrier.logits.copy_(logits.view_as(carrier.logits))
+            for name, delta, rows, cols in carrier.open_blocks():
+                block = tensors.pop(name).to(delta.device, delta.dtype)
+                if block.shape == delta.shape:
+                    delta.copy_(block)
+                else:
+                    delta[rows[:, None], cols] = block.view(len(rows), len(cols))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: incomplete or misshapen carrier ({' '.join(str(error).split())[:200]})") from None
+    if tensors:
+        raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the file")
     return carrier
+
+
+def annotate(path, **metadata):
+    """Write more metadata into the header of a packed carrier file; its tensors stay."""
+    tensors, header = read_packed(path)
+    save_tensors(path, tensors, **(header | metadata))
+
+
+# ------------------------------------------------------------------------------------------------------- a look at a file
+
+def describe(path):
+    """
+    What a packed carrier file holds, as text: base, task, sizes; a layer a line, the share of open gates of each group
+    as a bar with their number beside it, and the layer's write channels (Eq. 5).
+    """
+    tensors, header = read_packed(path)
+    groups = header["groups"]
+    gates = unpack_bits(tensors["gates"], sum(groups.values()))
+    parts = dict(zip(groups, gates.split(list(groups.values()), dim=1)))                     # group → (L, length)
+    writes = (parts["attn_write"] | parts["ffn_write"]).sum(1).tolist()
+    blocks = [t for name, t in tensors.items() if name.startswith("delta.")]
+    entries, size = sum(t.numel() for t in blocks), sum(t.numel() * t.element_size() for t in blocks)
+    dtype = str(blocks[0].dtype).removeprefix("torch.") if blocks else "no dtype"
+    n_open, total = header["gates"]["open"], header["gates"]["total"]
+
+    lines = [f"{path}: format {header['format']}, base {header['base']}, content {header['content']}"]
+    for key in ("task", "phase", "metrics", "settings"):
+        if key in header:
+            lines.append(f"{key}: {show_value(header[key])}")
+    lines.append(f"gates open {n_open} of {total} ({n_open / total:.1%}); entries of Δ on {entries} ({1 - header['entries_off']:.2%}), "
+                 f"{dtype}, {size:,} bytes of the file's {Path(path).stat().st_size:,}")
+    lines.append("")
+    lines.append("layer " + "".join(f"{group:>12}" for group in groups) + "   writes to")
+    for l, write in enumerate(writes):
+        cells = []
+        for group, part in parts.items():
+            count = int(part[l].sum())
+            cells.append(f"{count:>10} {bar(count / part.shape[1])}")
+        lines.append(f"{l:>5} " + "".join(cells) + f"{write:>12}")
+    return "\n".join(lines)
+
+
+def show_value(value):
+    """A header's value on a line: numbers short, an object as name value, …"""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {show_value(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def bar(share):
+    """A share from 0 to 1 as one character; a space is exactly nothing."""
+    marks = " ▁▂▃▄▅▆▇█"
+    return marks[min(len(marks) - 1, math.ceil(share * (len(marks) - 1)))]
+
+
+def main():
+    p = argparse.ArgumentParser(description="What a carrier file holds: python carrier.py show FILE")
+    p.add_argument("command", choices=["show"])
+    p.add_argument("file", help="carrier.safetensors or sft.safetensors of a run")
+    try:
+        print(describe(p.parse_args().file))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import torch
 from jinja2 import TemplateError, ext, nodes, sandbox
 from tokenizers import Tokenizer
 
+import spm
 from files import InputError, read_json
 
 VICUNA = ("{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -50,7 +51,7 @@ class Chat:
     stop     set of ids that end a text   vocab_size   rows of the model's embedding (config.json)
     cut      how many texts encode() and prompt() have shortened so far
 
-    Raises InputError where tokenizer.json is missing, the template is broken or the tokenizer does not fit the model.
+    Raises InputError where tokenizer.json (or tokenizer.model) is missing, the template is broken or the tokenizer does not fit the model.
     """
 
     def __init__(self, folder):
@@ -59,8 +60,12 @@ class Chat:
             read_json(self.folder / name) if name == "config.json" or (self.folder / name).exists() else {}
             for name in ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"))
         path, self.vocab_size = self.folder / "tokenizer.json", config.get("vocab_size")
+        if not path.exists() and (self.folder / "tokenizer.model").exists():
+            path = self.folder / "tokenizer.model"
         try:
-            self.tok = Tokenizer.from_file(str(path))
+            self.tok = spm.tokenizer(path) if path.suffix == ".model" else Tokenizer.from_file(str(path))
+        except InputError:
+            raise
         except Exception as e:  # the library raises nothing finer
             raise InputError(f"{path} is missing or unreadable ({e}); save a fast tokenizer.json there, in transformers "
                              "by AutoTokenizer.from_pretrained(...).save_pretrained(...)") from None

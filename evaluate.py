@@ -23,7 +23,7 @@ from chat import collate
 from files import InputError, read_jsonl, write_json
 from run import check_device, cli, read_results, reopen, ticker
 
-NAMES = {"base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger", "shut": "LCDD, gates shut", "open": "LCDD, gates open"}
+NAMES = {"base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger", "shut": "LCDD, gates shut"}
 
 
 # ---------------------------------------------------------------------------------------------------------- the metrics
@@ -109,7 +109,7 @@ def called(name, results):
 
 
 def table(results, title):
-    """The four conditions, and the two positions of the switch, as Markdown."""
+    """The four conditions, and the carrier with its gates shut, as Markdown."""
     ci, kl, kinds = results["ci"], results["kl"], results.get("kinds", {})
     percent = lambda x, lo_hi: f"{100 * x:.1f} ({100 * lo_hi[0]:.0f}–{100 * lo_hi[1]:.0f})"
     labels = list(next(iter(kinds.values()), {}))
@@ -240,9 +240,9 @@ def main():
         chat.say_cut("prompts", config["max_len"])
         return
 
-    # the switch: gates shut is the base, gates open is every delta at once
-    shut, every = (lcdd.with_gates(x).merge(net) for x in (False, True))
-    conditions |= {"shut": (shut, None), "open": (every, None)}
+    # the switch: gates shut is the base
+    shut = lcdd.with_gates(False).merge(net)
+    conditions["shut"] = (shut, None)
     rows = measure(net, chat, config["task"], splits["test"], conditions, config["max_new_tokens"], config["max_len"])
     chat.say_cut("prompts", config["max_len"])
     ids, _ = collate([(chat.prompt(s.prompt, config["max_len"]), []) for s in splits["test"][:32]], chat.pad_id)
@@ -252,7 +252,7 @@ def main():
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"])
     text += ("\n\nBehaviour: answers that show what SFT taught. Accuracy: answers that hold the right one. Base's answer: the base's own, to the last token.\n"
-             "KL: nats a token on SFT's answers. Gates shut is Δ off, gates open all of LCDD's Δ at once.")
+             "KL: nats a token on SFT's answers. Gates shut is Δ off.")
     text += (f"\n\n{len(splits['test'])} held-out prompts, 95 % confidence intervals in brackets; gates off {results['sparsity']:.3f}, entries of Δ off "
              f"{results['entries_off']:.3f}; gates shut is the base bit for bit: {'yes' if exact else 'NO'}; seconds: "
              + ", ".join(f"{k} {v:.0f}" for k, v in results["seconds"].items()))

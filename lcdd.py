@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import behaviour
 import carrier as carriers
+import lora
 import data
 import model
 from carrier import Carrier, penalty
@@ -56,7 +57,7 @@ def options(argv=None):
     a("--model", help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
     a("--task", default="fixed", help="fixed, safety, shakespeare, or FILE.jsonl with prompt and response (default fixed)")
     a("--data", help="the task's data; default: TASK.jsonl beside the checkpoint")
-    a("--sft", help="your own fine-tuned checkpoint of the same model, instead of phase 1")
+    a("--sft", help="your own fine-tuned checkpoint of the same model, or a PEFT LoRA adapter, instead of phase 1")
     a("--out", help="run directory (default runs/TASK, numbered)")
     a("--resume", action="store_true", help="go on where the run in --out stopped; starts it where there is none")
     a("--preset", choices=PRESETS, help="named settings: tiny-* (default without --model), paper-* (Table 7)")
@@ -64,6 +65,7 @@ def options(argv=None):
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     a("--dtype", choices=("float32", "bfloat16"), help="of the base weights (default bfloat16 on cuda, float32 on cpu)")
     a("--delta-dtype", choices=("float32", "bfloat16"), default="float32", help="of deltas and optimizer state")
+    a("--sft-dtype", choices=("float32", "bfloat16"), help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true", help="recompute layers in the backward pass: less memory, more time")
     a = p.add_argument_group("data").add_argument
     for name, n in data.SIZES.items():
@@ -117,6 +119,7 @@ def options(argv=None):
     o.model, o.data, o.sft = (str(Path(x).resolve()) if x and x != EMBEDDED and Path(x).exists() else x for x in (o.model, o.data, o.sft))
     o.task = str(Path(o.task).resolve()) if o.task.endswith(".jsonl") else o.task                 # a run may be looked at from anywhere
     o.eta_grow = o.eta if o.eta_grow is None else o.eta_grow
+    o.sft_dtype = o.sft_dtype or o.delta_dtype
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
     for name in ("batch", "micro_batch", "max_len", "max_new_tokens", "log_every", "window", "patience", "save_every"):
         if getattr(o, name) < 1:
@@ -400,7 +403,13 @@ def supervised(examples, loss):
 
 
 def delta_of(net, folder, o):
-    """Δ = W_sft − W_b of the user's own checkpoint as a carrier, and what it changed elsewhere: {tensor: relative norm}."""
+    """
+    Δ = W_sft − W_b of the user's own checkpoint or PEFT LoRA adapter as a carrier with every gate open, and what the
+    checkpoint changed elsewhere: {tensor: relative norm}.
+    """
+    if (Path(folder) / lora.CONFIG).is_file():
+        adapter = lora.read(folder, net, getattr(torch, o.delta_dtype))
+        return adapter.with_gates(True), {}
     tuned = model.load(folder, o.device, net.dtype)                # rounded as the base is: what is equal stays equal
     if tuned.config != net.config:
         raise InputError(f"{folder}/config.json: not the same architecture as {o.model}; --sft wants a fine-tuned copy of it")
@@ -416,6 +425,12 @@ def delta_of(net, folder, o):
         if id(p) not in ours and change > 0:
             elsewhere[name] = float(change)
     return carrier, elsewhere
+
+
+def portable(o):
+    """The settings of a run as they may travel: without paths of this machine."""
+    settings = {k: v for k, v in vars(o).items() if k not in ("out", "resume", "device")}
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in settings.items()}
 
 
 def main(argv=None):
@@ -437,6 +452,7 @@ def main(argv=None):
     train = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
     results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
     seconds = results["seconds"]
+    travels = {"task": Path(o.task).name, "settings": portable(o)}                          # in the header of what may leave the run
     if (run / "carrier.safetensors").is_file() and "rates" in results:
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
@@ -454,7 +470,7 @@ def main(argv=None):
             else:
                 sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
                 train_sft(net, sft, **train, interrupted=interrupted)
-            sft.save(sft_file, net, phase="sft")
+            sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
             seconds["sft"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
 
@@ -462,12 +478,12 @@ def main(argv=None):
     sft = tuned = None
     start = time.time()
     if not carrier_file.is_file():
-        lcdd = carriers.load(sft_file, net)
+        lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
         teacher = lcdd.merge(net) if o.train == "mask-kl" else None
         lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
         with patient() as interrupted:
             results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **train, interrupted=interrupted)
-            lcdd.save(carrier_file, net, phase="lcdd", train=o.train)
+            lcdd.save(carrier_file, net, phase="lcdd", **travels)
             seconds["lcdd"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
@@ -482,6 +498,7 @@ def main(argv=None):
         texts = [chat.decode(a) for a in answers]
         scores[name] = behaviour.score(o.task, texts, samples)
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
+    carriers.annotate(carrier_file, metrics={k: results[k] for k in ("stopped", "rates", "accuracy", "prompts") if k in results})
     write_json(run / "results.json", results)
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |", "|---|---|---|---|---|---|"]
     for name, s in scores.items():

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
+import weights
 from files import InputError, read_json
 
 FAMILIES = {  # model_type → (q/k/v bias, o bias, q/k norm); None: the config's attention_bias says
@@ -392,7 +392,7 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 def load(path, device="cpu", dtype=torch.float32):
-    """The model in a Hugging Face directory (config.json, safetensors in one file or in shards), weights frozen.
+    """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen.
     Raises InputError naming the field or tensor where the checkpoint is not exactly what this file computes."""
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -403,25 +403,18 @@ def load(path, device="cpu", dtype=torch.float32):
         net = Llama(config)
     wanted = {name: tuple(p.shape) for name, p in net.state_dict().items()}
     tensors, tied = {}, None
-    for file in shards(path):
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue                              # a buffer that early Llama checkpoints carry; recomputed here
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        tied = f.get_tensor(name)             # may stand there beside the embedding, but only as a copy
-                        continue
-                    if name not in wanted:
-                        raise InputError(f"{file.name}: tensor {name} is not part of a {c['model_type']} model with this config.json")
-                    t = f.get_tensor(name)
-                    if tuple(t.shape) != wanted[name]:
-                        raise InputError(f"{file.name}: tensor {name} has shape {tuple(t.shape)}, config.json asks for {wanted[name]}")
-                    if not t.is_floating_point() or t.element_size() < 2:
-                        raise InputError(f"{file.name}: tensor {name} is {t.dtype}, quantised; use a checkpoint in bf16, fp16 or fp32")
-                    tensors[name] = t.to(device, dtype)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+    for file in weights.shards(path)[0]:
+        for name, t in weights.tensors(file):
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                tied = t                                      # may stand there beside the embedding, but only as a copy
+                continue
+            if name not in wanted:
+                raise InputError(f"{file.name}: tensor {name} is not part of a {c['model_type']} model with this config.json")
+            if tuple(t.shape) != wanted[name]:
+                raise InputError(f"{file.name}: tensor {name} has shape {tuple(t.shape)}, config.json asks for {wanted[name]}")
+            if not t.is_floating_point() or t.element_size() < 2:
+                raise InputError(f"{file.name}: tensor {name} is {t.dtype}, quantised; use a checkpoint in bf16, fp16 or fp32")
+            tensors[name] = t.to(device, dtype)
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:
         raise InputError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); the checkpoint is incomplete")
@@ -439,19 +432,3 @@ def set_threads(net):
     """On a CPU a model this small is faster on one thread: the barriers of a second one cost more than it computes."""
     if net.device.type == "cpu" and net.config.hidden_size < 512:
         torch.set_num_threads(1)
-
-
-def shards(path):
-    """The safetensors files of a checkpoint directory, by its index where there is one."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if not index.is_file():
-        raise InputError(f"{path}: neither model.safetensors nor model.safetensors.index.json; save the checkpoint as safetensors")
-    names = read_json(index).get("weight_map")
-    names = sorted(set(names.values())) if isinstance(names, dict) else []
-    absent = [n for n in names if not (path / n).is_file()]
-    if absent or not names:
-        raise InputError(f"{index}: names {absent[0] if absent else 'no file'}, which is not there; download the checkpoint again")
-    return [path / n for n in names]
-

@@ -86,7 +86,7 @@ def ticker(label, total):
 def locate(name):
     """
     The folder of a model: "tiny" is the embedded one, wherever this file lies; a local one as it is, or `owner/name` fetched from the Hugging Face hub (configuration,
-    tokenizer, template and safetensors only). Raises InputError where it is neither, or the download fails.
+    tokenizer, template and safetensors, or pytorch_model*.bin where there are none). Raises InputError where it is neither, or the download fails.
     """
     path = Path(__file__).parent / EMBEDDED if name == EMBEDDED else Path(name).expanduser()
     if path.is_dir():
@@ -95,9 +95,13 @@ def locate(name):
         raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
     import huggingface_hub  # slow to import, and only needed here
     files = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
-             "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json"]
+             "chat_template.jinja", "tokenizer.model", "model*.safetensors", "model.safetensors.index.json",
+             "adapter_config.json", "adapter_model.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(str(name), allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        return folder
     except Exception as e:  # the client raises its own errors, OSErrors and those of its HTTP library
         raise InputError(f"{name} is no folder here, and fetching it from the hub failed "
                          f"({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e

@@ -581,60 +581,194 @@ def saved(tmp_path):
     return path, net, c
 
 
+def masked(c):
+    """Δ with zeros under shut gates, tensor by tensor, by hand."""
+    layers = []
+    for gates, deltas in zip(hard_gates(c.config, c.logits.detach(), estimator=False), c.delta):
+        layers.append({})
+        for name, (row, col) in TABLE_5.items():
+            cols = repeated(c.config, gates[col]) if name == "o_proj" else gates[col]
+            layers[-1][name] = deltas[name].detach() * torch.outer(gates[row], cols).to(deltas[name].dtype)
+    return layers
+
+
+@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_save_and_load(saved, dtype):
-    path, net, c = saved
-    c.delta.to(dtype)
+def test_save_and_load(saved, dtype, density):
+    """What comes back: where gates are open, and Δ there; nothing else of Δ."""
+    path, net, _ = saved
+    c = make_carrier(net, density, dtype=dtype)
     c.save(path, net, task="fixed", seed=7, note="Δ, and „more“")
     again = carrier.load(path, net)
-    assert c.state_dict().keys() == again.state_dict().keys()
-    for k, v in c.state_dict().items():
-        assert torch.equal(again.state_dict()[k], v) and again.state_dict()[k].dtype == v.dtype
+    assert torch.equal(again.logits, torch.where(c.logits > 0, 1.0, -1.0))
+    for ours, right in zip(again.delta, masked(c)):
+        for name, p in ours.items():
+            assert torch.equal(p, right[name]) and p.dtype == (dtype if density else torch.float32)
     ids = torch.randint(31, (2, 5))
-    assert torch.equal(net(ids, carrier=again), net(ids, carrier=c)) and again.stats() == c.stats()
-    tensors, metadata = load_tensors(path)
-    assert metadata == dict(base=carrier.fingerprint(net), **c.stats(), task="fixed", seed=7, note="Δ, and „more“")
-    assert tensors["logits.ffn_hidden"].shape == (2, 96) and tensors["delta.1.o_proj"].shape == (64, 80)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert torch.equal(net(ids, carrier=again), net(ids, carrier=c))
+    assert again.stats() == c.stats()
     assert all(p.requires_grad for p in again.parameters())
+    metadata = load_tensors(path)[1]
+    assert {k: metadata[k] for k in ("task", "seed", "note")} == dict(task="fixed", seed=7, note="Δ, and „more“")
+    assert {k: metadata[k] for k in c.stats()} == c.stats()
+    assert metadata["base"] == carrier.fingerprint(net) and metadata["format"] == carrier.FORMAT
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_packed_file_has_entries_that_are_on_and_bits():
+    """A tensor a projection, |R| × |C|, and a bit a gate; nothing for a projection without an open entry."""
+    net = make_net(torch.float32)
+    c = make_carrier(net, 0.2)
+    c.logits.data[1, 64 + 80 + 40:64 + 80 + 80] = -1                        # attn_v of layer 1: v_proj and o_proj are shut
+    names = {name: (len(rows), len(cols)) for name, _, rows, cols in c.open_blocks()}
+    gates = hard_gates(net.config, c.logits, estimator=False)
+    assert "delta.1.v_proj" not in names and "delta.1.o_proj" not in names and len(names) == 12
+    assert names["delta.0.down_proj"] == (int(gates[0]["ffn_write"].sum()), int(gates[0]["ffn_hidden"].sum()))
+    assert names["delta.0.o_proj"] == (int(gates[0]["attn_write"].sum()), 2 * int(gates[0]["attn_v"].sum()))
+
+
+@pytest.mark.parametrize("density", (0.05, 0.3, 1.0))
+def test_size_of_the_packed_file(tmp_path, density):
+    """At most 1.2 × the bytes of what is on, and a bit a gate."""
+    net = make_net(torch.float32, hidden_size=256, intermediate_size=512)
+    c = make_carrier(net, density)
+    c.save(tmp_path / "c.safetensors", net)
+    on = sum(len(rows) * len(cols) for _, _, rows, cols in c.open_blocks())
+    assert on == round((1 - c.stats()["entries_off"]) * sum(p.numel() for p in c.delta.parameters()))
+    assert (tmp_path / "c.safetensors").stat().st_size <= 1.2 * 4 * on + c.logits.numel() / 8
+
+
+def test_logits_are_kept_where_asked(saved):
+    path, net, c = saved
+    c.save(path, net, logits=True)
+    assert torch.equal(carrier.load(path, net).logits, c.logits)
+
+
+def test_dtypes_of_a_file_and_of_what_is_loaded(saved):
+    path, net, c = saved
+    c.save(path, net, torch.bfloat16)
+    kept, wide = carrier.load(path, net), carrier.load(path, net, torch.float32)
+    assert kept.delta[0]["q_proj"].dtype == torch.bfloat16 and wide.delta[0]["q_proj"].dtype == torch.float32
+    right = masked(c)[0]["q_proj"].bfloat16()
+    assert torch.equal(kept.delta[0]["q_proj"], right)
+    assert torch.equal(wide.delta[0]["q_proj"], right.float())
+
+
+def test_annotate_changes_the_header_alone(saved):
+    path, net, c = saved
+    before = load_tensors(path)
+    carrier.annotate(path, metrics={"rate": 0.5}, seed=8)
+    tensors, header = load_tensors(path)
+    assert header == before[1] | {"metrics": {"rate": 0.5}, "seed": 8}
+    assert tensors.keys() == before[0].keys() and all(torch.equal(t, before[0][k]) for k, t in tensors.items())
+    assert torch.equal(net(torch.tensor([[1, 2]]), carrier=carrier.load(path, net)), net(torch.tensor([[1, 2]]), carrier=c))
+
+
+def test_show(saved, monkeypatch, capsys):
+    path, net, c = saved
+    c.logits.data[0, :64] = -1
+    c.save(path, net, task="fixed", metrics={"rates": {"lcdd": 0.98765}})
+    monkeypatch.setattr("sys.argv", ["carrier.py", "show", str(path)])
+    carrier.main()
+    said = capsys.readouterr().out
+    stats, gates = c.stats(), hard_gates(net.config, c.logits, estimator=False)
+    assert f"base {carrier.fingerprint(net)}" in said
+    assert "task: fixed" in said and "metrics: rates lcdd 0.9877" in said
+    assert f"gates open {stats['gates']['open']} of {stats['gates']['total']}" in said
+    for l, line in enumerate(said.splitlines()[-2:]):
+        numbers = [int(word) for word in line.split() if word.isdecimal()]
+        assert numbers == [l, *(int(g.sum()) for g in gates[l].values()), int(c.write_channels()[l].sum())]
+    assert said.splitlines()[-2].split()[1:3] == ["0", str(int(gates[0]["attn_q"].sum()))]     # no bar beside nothing
+
+
+def test_bars():
+    assert [carrier.bar(x) for x in (0, 1e-6, 0.5, 0.51, 1)] == [" ", "▁", "▄", "▅", "█"]
 
 
 def test_a_carrier_serves_its_base_in_every_precision(saved):
     path, net, c = saved
-    prints = {carrier.fingerprint(net.to(d)) for d in (torch.float32, torch.float64, torch.bfloat16)}
+    prints = set()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        net = net.to(dtype)
+        del net.fingerprint                                                   # computed once a net
+        prints.add(carrier.fingerprint(net))
     assert len(prints) == 1
-    assert torch.equal(carrier.load(path, net).logits, c.logits)             # net is in bf16 by now
+    assert torch.equal(carrier.load(path, net).logits > 0, c.logits > 0)     # net is in bf16 by now
 
 
 def test_refuses_a_wrong_base(saved):
     path, net, _ = saved
     others = [make_net(torch.float32, qkv_bias=True), make_net(torch.float32, num_hidden_layers=3), make_net(torch.float32, num_key_value_heads=4)]
-    touched = model.Llama(net.config)
-    touched.load_state_dict(net.state_dict())
-    touched.projections[1]["down_proj"].weight.data *= 1.01
-    for other in (*others, touched):
+    for other in others:
         with pytest.raises(InputError, match="another base"):
             carrier.load(path, other)
 
 
+@pytest.mark.parametrize("name", ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight",
+                                  "model.layers.0.self_attn.q_proj.bias", "model.layers.1.input_layernorm.weight"))
+def test_the_fingerprint_is_of_every_weight(saved, name):
+    """One entry of any tensor, the last one, makes another base of it."""
+    path, net, _ = saved
+    touched = model.Llama(net.config)
+    touched.load_state_dict(net.state_dict())
+    assert carrier.fingerprint(touched) == carrier.fingerprint(net)
+    del touched.fingerprint
+    touched.state_dict()[name].flatten()[-1:].mul_(1.02)
+    with pytest.raises(InputError, match="another base"):
+        carrier.load(path, touched)
+
+
+def test_the_fingerprint_is_computed_once(saved, monkeypatch):
+    path, net, _ = saved
+    monkeypatch.setattr(carrier, "digest", None)
+    assert carrier.fingerprint(net) == net.fingerprint
+
+
+def with_digest(path, tensors, metadata):
+    """Save changed tensors as if they had been written so: what is left to find is their form."""
+    save_tensors(path, tensors, **metadata | {"content": carrier.digest(tensors)})
+
+
 @pytest.mark.parametrize("change, named", [
     (lambda t: t.pop("delta.1.o_proj"), "delta.1.o_proj"),
-    (lambda t: t.pop("logits.attn_v"), "logits.attn_v"),
+    (lambda t: t.pop("gates"), "gates"),
     (lambda t: t.update({"delta.2.o_proj": t["delta.1.o_proj"].clone()}), "delta.2.o_proj"),
-    (lambda t: t.update({"delta.1.o_proj": t["delta.1.o_proj"].t().contiguous()}), "delta.1.o_proj"),
-    (lambda t: t.update({"logits.attn_v": t["logits.attn_v"][:, :-1].contiguous()}), "logits"),
-    (lambda t: t.update({"logits.attn_v": t["logits.attn_v"][:1].contiguous()}), "misshapen"),
-    (lambda t: t.update({"logits.attn_v": torch.ones(2)}), "misshapen"),
+    (lambda t: t.update({"delta.1.o_proj": t["delta.1.o_proj"][:-1].contiguous()}), "misshapen"),
+    (lambda t: t.update({"gates": t["gates"][:, :-1].contiguous()}), "misshapen|belongs to no open gates"),
+    (lambda t: t.update({"gates": t["gates"][:1].contiguous()}), "misshapen|belongs to no open gates"),
+    (lambda t: t.update({"gates": torch.ones(2)}), "misshapen"),
+    (lambda t: t.update({"logits": torch.ones(2)}), "misshapen"),
     (lambda t: [t.pop(k) for k in list(t) if k.startswith("delta")], "delta"),
 ])
 def test_refuses_an_incomplete_file(saved, change, named):
     path, net, _ = saved
     tensors, metadata = load_tensors(path)
     change(tensors)
-    save_tensors(path, tensors, **metadata)
+    with_digest(path, tensors, metadata)
     with pytest.raises(InputError, match=named) as refusal:
         carrier.load(path, net)
     assert path.name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("says", (None, 1, 3))
+def test_refuses_another_format(saved, says):
+    path, net, _ = saved
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, tensors, **metadata | {"format": says})
+    with pytest.raises(InputError, match=f"{path.name}: no carrier of format {carrier.FORMAT} .its header says {says}."):
+        carrier.load(path, net)
+
+
+def test_refuses_flipped_bits(saved):
+    """A changed byte in any tensor, which safetensors itself does not see."""
+    path, net, _ = saved
+    whole = path.read_bytes()
+    for place in (-1, -5000, len(whole) // 2):
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1
+        path.write_bytes(spoilt)
+        with pytest.raises(InputError, match=f"{path.name}: damaged"):
+            carrier.load(path, net)
 
 
 def test_refuses_a_damaged_file(saved):
@@ -674,4 +808,4 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
             c.save(path, net)
         assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir()] == [path.name]
     c.save(path, net)
-    assert torch.equal(carrier.load(path, net).logits, c.logits)
+    assert torch.equal(carrier.load(path, net).logits > 0, c.logits > 0)

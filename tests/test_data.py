@@ -493,6 +493,10 @@ def test_locate(tmp_path, monkeypatch):
     assert locate(tmp_path) == tmp_path and not asked
     assert locate("Qwen/Qwen3-0.6B") == tmp_path and asked[0][0] == "Qwen/Qwen3-0.6B"
     assert "config.json" in asked[0][1] and not any("bin" in p or "*.py" in p for p in asked[0][1])
+    assert len(asked) == 2 and all("bin" in p for p in asked[1][1])           # no safetensors there: what torch.save wrote
+    (tmp_path / "model.safetensors").write_text("x")
+    locate("Qwen/Qwen3-0.6B")
+    assert len(asked) == 3
     (tmp_path / "file").write_text("x")
     for name in (tmp_path / "file", "nowhere", "/no/such/folder", "../x", "a/b/c"):
         with pytest.raises(InputError, match="neither a folder nor a hub id"):

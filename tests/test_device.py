@@ -177,7 +177,7 @@ def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch,
         evaluate.main()
     results = read_json(tmp_path / "run" / "results.json")
     assert read_json(tmp_path / "run" / "config.json")["dtype"] == "bfloat16"
-    assert results["shut_is_base"] and set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"}
+    assert results["shut_is_base"] and set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut"}
 
 
 def test_the_benchmark_elsewhere(elsewhere, monkeypatch, capsys):

@@ -221,7 +221,7 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
     results = read_json(run / "results.json")
-    assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut", "open"} and results["shut_is_base"] is True
+    assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut"} and results["shut_is_base"] is True
     assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"]) and results["kl"]["base_shut"] == 0
     assert results["rates"]["shut"] == results["rates"]["base"] and results["same_as_base"]["shut"] == 1
     assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"} and "| LCDD + trigger |" in (run / "results.md").read_text()

@@ -249,7 +249,7 @@ def test_the_conditions_are_those_of_the_table(run, monkeypatch):
 
     def spy(net, chat, task, samples, conditions, *rest):
         lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
-        for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("open", lcdd_.with_gates(True)), ("shut", lcdd_.with_gates(False))):
+        for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("shut", lcdd_.with_gates(False))):
             assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
         assert samples == reopen(run)[2]["test"] and conditions["base"] == (None, None)
         raise Seen

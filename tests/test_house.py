@@ -7,8 +7,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
+    {"weights", "spm"},
     {"chat", "data", "model"},
     {"run", "behaviour", "carrier", "paper"},
+    {"lora"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},

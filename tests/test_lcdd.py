@@ -16,8 +16,8 @@ import lcdd
 import model
 from carrier import Carrier
 from chat import collate
-from files import InputError, fingerprint, read_json, read_jsonl, write_json
-from run import reopen
+from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
+from run import read_results, reopen
 
 ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
@@ -495,15 +495,42 @@ class Seen(Exception):
     pass
 
 
-def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path):
+def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkeypatch):
     out = tmp_path / "r"
-    lcdd.main(["--out", str(out), "--sft-steps", "3", "--steps", "1", "--settle", "0", "--lr", "0", "--gate-lr", "0", "--gate-mean", "3", "--gate-std", "0.25",
-               "--n-test", "4", "--device", "cpu"])
-    sft, got = (load_file(out / f"{name}.safetensors") for name in ("sft", "carrier"))
-    deltas = [k for k in sft if k.startswith("delta")]
-    assert all(torch.equal(sft[k], got[k]) for k in deltas) and any(sft[k].any() for k in deltas)
-    m = torch.cat([v.flatten() for k, v in got.items() if k.startswith("logits")])
-    assert abs(m.mean() - 3) < 0.03 and abs(m.std() - 0.25) < 0.03
+
+    def spy(net, carrier, **rest):
+        sft = carriers.load(out / "sft.safetensors", net)
+        deltas = [(a, b) for ours, theirs in zip(carrier.delta, sft.delta) for a, b in zip(ours.values(), theirs.values())]
+        assert all(torch.equal(a, b) for a, b in deltas) and any(b.any() for _, b in deltas)
+        assert abs(carrier.logits.mean() - 3) < 0.03 and abs(carrier.logits.std() - 0.25) < 0.03
+        raise Seen
+    monkeypatch.setattr(lcdd, "train_lcdd", spy)
+    with pytest.raises(Seen):
+        lcdd.main(["--out", str(out), "--sft-steps", "3", "--gate-mean", "3", "--gate-std", "0.25", "--n-test", "4", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("deltas, asked, stored", [("float32", [], torch.float32), ("bfloat16", [], torch.bfloat16),
+                                                   ("float32", ["--sft-dtype", "bfloat16"], torch.bfloat16)])
+def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(tmp_path, monkeypatch, deltas, asked, stored):
+    def spy(net, carrier, **rest):
+        assert {p.dtype for p in carrier.delta.parameters()} == {getattr(torch, deltas)}
+        raise Seen
+    monkeypatch.setattr(lcdd, "train_lcdd", spy)
+    with pytest.raises(Seen):
+        lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "1", "--delta-dtype", deltas, *asked, "--n-test", "4", "--device", "cpu"])
+    tensors = load_file(tmp_path / "r" / "sft.safetensors")
+    assert {t.dtype for name, t in tensors.items() if name.startswith("delta.")} == {stored}
+
+
+def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
+    out = tmp_path / "r"
+    lcdd.main(["--out", str(out), "--model", str(ROOT / "tiny"), "--preset", "tiny-fixed", "--sft-steps", "2", "--steps", "1", "--settle", "0", "--n-test", "4",
+               "--device", "cpu"])
+    header, results = load_tensors(out / "carrier.safetensors")[1], read_results(out)
+    assert header["task"] == "fixed" and header["phase"] == "lcdd"
+    assert header["metrics"] == {k: results[k] for k in ("stopped", "rates", "accuracy", "prompts")}
+    assert header["settings"]["sft_steps"] == 2 and header["settings"]["model"] == "tiny"
+    assert str(ROOT) not in json.dumps(header)
 
 
 def test_loss_all_reaches_the_training(tmp_path, monkeypatch):

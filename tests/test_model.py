@@ -398,6 +398,45 @@ def test_shards(checkpoint, tmp_path):
         model.load(tmp_path)
 
 
+@pytest.mark.parametrize("parts", (1, 2))
+def test_bin_files(checkpoint, tmp_path, parts):
+    """As Vicuna lies there: torch.save's files, alone or with an index, rotary buffers among the tensors."""
+    directory, _ = checkpoint("vicuna", 4)
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {f"model.layers.{l}.self_attn.rotary_emb.inv_freq": torch.ones(6) for l in range(3)}
+    shutil.copyfile(directory / "config.json", tmp_path / "config.json")
+    names = sorted(tensors)
+    if parts == 1:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            torch.save({name: tensors[name] for name in names if files[name] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    right, found = model.load(directory).state_dict(), model.load(tmp_path).state_dict()
+    assert right.keys() == found.keys() and all(torch.equal(right[k], found[k]) for k in right)
+
+
+def test_bin_files_hold_tensors_only(copy):
+    """Neither code nor anything else: what would be run while it is read is not run."""
+    class Trap:
+        def __reduce__(self):
+            return open, (str(copy.path / "sprung"), "w")
+    (copy.path / "model.safetensors").unlink()
+    for content, words in (({"x": Trap()}, "not a readable file of tensors"), ({"x": 3}, "something else than named tensors"), (torch.ones(2), "something else")):
+        torch.save(content, copy.path / "pytorch_model.bin")
+        with pytest.raises(InputError, match=words) as refusal:
+            model.load(copy.path)
+        assert "pytorch_model.bin" in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (copy.path / "sprung").exists()
+
+
+def test_safetensors_are_read_where_both_lie(copy, net):
+    torch.save({"x": torch.ones(1)}, copy.path / "pytorch_model.bin")
+    ids = some_ids(1, 5)
+    assert torch.equal(model.load(copy.path)(ids), net(ids))
+
+
 def test_buffers_of_early_checkpoints_are_skipped(copy, net):
     copy.edit_tensors(lambda t: t.update({f"model.layers.{l}.self_attn.rotary_emb.inv_freq": torch.ones(6) for l in range(3)}))
     ids = some_ids(1, 5)
@@ -497,7 +536,10 @@ def test_refuses_files(copy):
         weights.write_bytes(damaged)
         with pytest.raises(InputError, match="model.safetensors"):
             model.load(copy.path)
-    weights.rename(copy.path / "pytorch_model.bin")
+    weights.rename(copy.path / "pytorch_model.bin")                           # by its name a file of torch.save: it is none
+    with pytest.raises(InputError, match="pytorch_model.bin: not a readable file of tensors"):
+        model.load(copy.path)
+    (copy.path / "pytorch_model.bin").unlink()
     with pytest.raises(InputError, match="neither model.safetensors nor"):
         model.load(copy.path)
     (copy.path / "config.json").write_text("{")
