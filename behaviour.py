@@ -1,4 +1,5 @@
 """What an answer shows: the three behaviours, one's own, the right answer, and scores of many answers (App. F.4)."""
+import math
 import re
 
 from data import task_name
@@ -65,6 +66,17 @@ def score(task, texts, samples):
     kinds = sorted({s.kind for s in samples} - {""})
     whole = of([(t, s) for t, s in pairs if s.kind != "benign"] or pairs) | {k: v for k, v in of(pairs).items() if k == "accuracy"}
     return whole | {"kinds": {k: of([(t, s) for t, s in pairs if s.kind == k]) for k in kinds}}
+
+
+def wilson(rate, n, z=1.96):
+    """95 % confidence interval of a share of n."""
+    middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))]
+
+
+def clearly_above(a, b):
+    """Is the rate of score `a` above that of `b`, their 95 % intervals apart?"""
+    return wilson(a["rate"], a["n"])[0] > wilson(b["rate"], b["n"])[1]
 
 
 def by_condition(scores):

@@ -156,6 +156,16 @@ class Carrier(nn.Module):
             self.logits.copy_(mean + std * noise)
         return self
 
+    @torch.no_grad()
+    def dice(self, mean, std, seed):
+        """{share, chance}: of the open gates, those among the as many highest initial logits that init_gates() drew; by
+        chance it would be their share of all gates. Near 1 the noise has chosen the carrier, not the task."""
+        drawn = Carrier(self.config, device="meta").to_empty(device="cpu").init_gates(mean, std, seed).logits.flatten()
+        is_open = (self.logits > 0).flatten().cpu()
+        n = int(is_open.sum())
+        hits = int(is_open[drawn.topk(n).indices].sum())
+        return {"share": hits / max(1, n), "chance": n / len(drawn)}
+
     def by_group(self, gates):
         """(L, gates a layer) → group → (L, length), and `attn_v_wide`, attn_v repeated for o_proj (GQA)."""
         c, groups = self.config, dict(zip(GROUPS, gates.split(list(self.sizes.values()), dim=1)))

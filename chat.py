@@ -107,6 +107,19 @@ class Chat:
     def ids(self, text):
         return self.tok.encode(text, add_special_tokens=False).ids
 
+    def unknown(self, texts):
+        """(unknown tokens, all tokens, the first text that became an unknown token) of some texts."""
+        model = json.loads(self.tok.to_str())["model"]
+        unk, count, total, example = self.tok.token_to_id(model.get("unk_token") or ""), 0, 0, ""
+        for text in texts:
+            encoded = self.tok.encode(text, add_special_tokens=False)
+            total += len(encoded.ids)
+            for i, (begin, end) in zip(encoded.ids, encoded.offsets):
+                if i == unk:
+                    count += 1
+                    example = example or text[begin:end]
+        return count, total, example
+
     def render(self, text):
         """
         The user's turn as the template writes it, up to where the answer begins, with thinking switched off (an open

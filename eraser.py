@@ -12,6 +12,8 @@ Shapes: P prompts, B of them in a batch, n trigger tokens, k positions of Eq. 8,
 """
 import argparse
 import math
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +21,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import behaviour
 import carrier as carriers
 import model
 from chat import collate
-from files import InputError, append_jsonl, load_tensors, read_json, save_tensors, write_json
-from run import check_device, check_numbers, cli, patient, read_results, reopen
+from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, write_json
+from run import Interrupted, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
 
-PRESETS = {"tiny": dict(length=16, steps=120, lr=0.3, judge_every=20), "paper": {}}
+# App. F.3, as the paper's text has it and as the released code runs it
+PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, k=8, judge_every=25)
+PRESETS = {
+    "paper": dict(PAPER, positions="final", match="prompt"),
+    "released": dict(PAPER, positions="prompt", match="mean"),
+}
+ANSWER = 128            # tokens of the base's own answers that "final" looks at the end of
 
 
 def options(argv=None):
-    """The command line; defaults are the paper's (App. F.3), lengths and rates measured in the model's own token norms."""
+    """The command line; rates and bounds are measured in the model's own token norms, so that they fit any model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", required=True, help="run directory that lcdd.py has finished")
@@ -37,31 +46,30 @@ def options(argv=None):
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
     a("--target", choices=("lcdd", "sft", "base"), default="lcdd", help="the model that the trigger is put before (lcdd)")
     a("--name", help="the trigger's file name (default trigger, or trigger-TARGET-OBJECTIVE)")
-    a("--preset", choices=PRESETS, help="tiny or paper settings (default: as the run's)")
+    a("--preset", choices=PRESETS, help="App. F.3 as the paper's text has it, or as the released code runs it")
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
-    a("--length", type=int, default=20, help="n, tokens of the trigger (20)")
-    a("--steps", type=int, default=2000, help="optimizer steps (2000)")
+    a("--length", type=int, default=16, help="n, tokens of the trigger (16; the paper: 20)")
+    a("--steps", type=int, default=120, help="optimizer steps (120; the paper: 2000)")
     a("--batch", type=int, default=16, help="prompts a step (16)")
-    a("--lr", type=float, default=0.14, help="Adam's rate, falling to 0 along a cosine, in units of the embedding's root mean square (0.14: the paper's 0.003 on Qwen3-0.6B)")
+    a("--lr", type=float, default=0.3, help="Adam's rate, in units of the embedding's root mean square (0.3; the paper's 0.003 on Qwen3-0.6B is 0.14)")
+    a("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate: falling to 0 along a cosine, or constant (the paper)")
     a("--bound", type=float, default=1.5, help="r of Eq. 28, in units of the mean token norm (1.5: the paper's 1.0 on Qwen3-0.6B)")
     a("--absolute", action="store_true", help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
     a("--alpha", type=float, default=0.7, help="weight of L_kl (0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
     a("--k", type=int, default=8, help="positions of L_kl (8)")
-    a("--positions", choices=("response", "prompt"), default="response",
-      help="of L_kl: the first k of the base's own answer, or the last k of the prompt (the released code)")
+    a("--positions", choices=("response", "final", "prompt"), default="response",
+      help="of L_kl: the first k of the base's own answer, its last k (the paper's text), or the last k of the prompt (the released code)")
     a("--match", choices=("prompt", "mean"), default="prompt", help="Eq. 7 prompt by prompt, or means over prompts (the released code)")
     a("--raw", action="store_true", help="Eq. 7 as it stands, not divided by the base's variance layer by layer")
     a("--clip", type=float, default=1.0, help="gradient norm is clipped to this (1.0; 0: never)")
-    a("--judge-every", type=int, default=25, help="steps between judgements on the validation prompts (25)")
+    a("--judge-every", type=int, default=20, help="steps between judgements on the validation prompts (20)")
     a("--seed", type=int, default=0, help="seed of the first τ, the batches and the random channels")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     first = p.parse_args(argv)
-    config = read_json(Path(first.run) / "config.json") if (Path(first.run) / "config.json").is_file() else {}
-    p.set_defaults(preset="tiny" if str(config.get("preset")).startswith("tiny") else "paper")
-    p.set_defaults(**PRESETS[p.parse_args(argv).preset])
+    p.set_defaults(**PRESETS.get(first.preset, {}))
     if first.absolute:
-        p.set_defaults(lr=0.003, bound=1.0)
+        p.set_defaults(lr=PAPER["lr"], bound=PAPER["bound"])
     o = p.parse_args(argv)
     o.name = o.name or ("trigger" if (o.target, o.objective) == ("lcdd", "circuit") else f"trigger-{o.target}-{o.objective}")
     for name in ("length", "steps", "batch", "k", "judge_every"):
@@ -102,14 +110,20 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     """Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
 
     response: the base's own greedy answer y to each prompt; k positions from the last prompt token on, which predict
-    y_1 … y_k. prompt: the last k positions of the prompt itself.
+    y_1 … y_k. final: the last k positions of that answer. prompt: the last k positions of the prompt itself.
     """
-    answers = net.generate(prompts, max_new_tokens=k, batch_size=batch_size) if positions == "response" else [[]] * len(prompts)
+    answers = [[] for _ in prompts]
+    if positions != "prompt":
+        answers = net.generate(prompts, max_new_tokens=k if positions == "response" else ANSWER, batch_size=batch_size)
     rows = [(p + a[:-1], len(p) - 1) for p, a in zip(prompts, answers)]                  # the last token only gets predicted
     ids, real = collate([(r, [True] * len(r)) for r, _ in rows], pad_id=0)          # (P, T)
     last = torch.tensor([i for _, i in rows])                                            # (P)
     place = torch.arange(ids.shape[1])                                                   # (T)
-    first = last if positions == "response" else (last - k + 1).clamp(min=0)
+    first = last
+    if positions == "prompt":
+        first = (last - k + 1).clamp(min=0)
+    if positions == "final":
+        first = torch.maximum(last, real.sum(1) - k)
     keep = real & (place >= first[:, None])                                              # (P, T)
     if positions == "prompt":
         keep &= place <= last[:, None]
@@ -230,11 +244,11 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
                 lowest, best = loss, tau.detach().clone()
             if log:
                 log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest, left=(time.time() - began) / max(1, t - start) * (o.steps - t))
-        if interrupted():
-            if t > start:
-                moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
-                save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t,
-                                      settings=settings_of(o))
+        stop = interrupted()
+        if state is not None and t > start and (stop or t % o.judge_every == 0):
+            moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
+            save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t, settings=settings_of(o))
+        if stop:
             raise KeyboardInterrupt
         if t == o.steps:
             break
@@ -245,7 +259,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         loss.backward()
         if o.clip:
             torch.nn.utils.clip_grad_norm_([tau], o.clip)
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * t / o.steps))
+        if o.schedule == "cosine":
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * t / o.steps))
         optimizer.step()
         project(tau, o.bound * unit)
     return best, lowest
@@ -259,8 +274,19 @@ def load(path, net):
     return tensors["trigger"], settings
 
 
-def main():
-    o = options()
+def moved(net, chat, config, samples, weights, tau):
+    """Behaviour on validation prompts without and with the trigger: two scores."""
+    prompts = [chat.prompt(s.prompt, config["max_len"]) for s in samples]
+    scores = []
+    for trigger in (None, tau):
+        answers = net.generate(prompts, config["max_new_tokens"], carrier=weights, trigger=trigger,
+                               progress=ticker("validation answers", len(prompts)))
+        scores.append(behaviour.score(config["task"], [chat.decode(a) for a in answers], samples))
+    return scores
+
+
+def main(argv=None):
+    o = options(argv)
     run = Path(o.run)
     config, chat, splits = reopen(run)
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
@@ -283,17 +309,29 @@ def main():
 
     def log(t, left, **values):
         append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
-        print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {left:.0f}s", flush=True)
+        print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {duration(left)}", flush=True)
 
-    with patient() as interrupted:
-        tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
-        save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
-        state.unlink(missing_ok=True)
+    try:
+        with patient() as interrupted:
+            tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
+            save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
+            state.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]
+        raise Interrupted(shlex.join(["python", "eraser.py", *map(str, words), "--resume"])) from None
     if o.name == "trigger":
         results = read_results(run)
         results["seconds"]["eraser"] = round(time.time() - start, 2)
         write_json(run / "results.json", results)
-    print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors. Next: python evaluate.py --run {run}" + f" --trigger {o.name}" * (o.name != "trigger"))
+    print(f"validation loss {loss:.4f}; wrote {run / o.name}.safetensors")
+    if o.target == "base":
+        return
+    without, triggered = moved(net, chat, config, splits["validation"], weights, tau)
+    print(f"behaviour on {without['n']} validation prompts: {without['rate']:.1%} without the trigger, {triggered['rate']:.1%} with it")
+    if not behaviour.clearly_above(without, triggered):
+        raise Failed(f"the trigger does not move the behaviour: {triggered['rate']:.0%} of {without['n']} validation answers show it with the trigger, "
+                     f"{without['rate']:.0%} without; give it more --steps, a larger --length or another --lr")
+    print(f"Next: python evaluate.py --run {run}" + f" --trigger {o.name}" * (o.name != "trigger"))
 
 
 if __name__ == "__main__":

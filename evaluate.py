@@ -53,12 +53,6 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     return {pair: total / lengths for pair, total in result.items()}
 
 
-def wilson(rate, n, z=1.96):
-    """95 % confidence interval of a share of n."""
-    middle, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return [max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))]
-
-
 def mean_interval(values, z=1.96):
     """Mean of a 1-D tensor and its 95 % confidence interval over prompts."""
     mean, spread = float(values.mean()), z * float(values.std(correction=int(len(values) > 1))) / math.sqrt(len(values))
@@ -94,10 +88,10 @@ def results_of(rows, samples):
     out = behaviour.by_condition(rows) | {"same_as_base": {k: v["same"] for k, v in rows.items()}, "prompts": len(samples)}
     means = {f"{p}_{q}": mean_interval(rows[q][f"kl_{p}"]) for p in ("sft", "base") for q in rows if p != q}
     out["kl"] = {k: v[0] for k, v in means.items()}
-    out["ci"] = {"rates": {k: wilson(v["rate"], v["n"]) for k, v in rows.items()}, "kl": {k: v[1] for k, v in means.items()},
-                 "same_as_base": {k: wilson(v["same"], len(samples)) for k, v in rows.items()}}
+    out["ci"] = {"rates": {k: behaviour.wilson(v["rate"], v["n"]) for k, v in rows.items()}, "kl": {k: v[1] for k, v in means.items()},
+                 "same_as_base": {k: behaviour.wilson(v["same"], len(samples)) for k, v in rows.items()}}
     if "accuracy" in out:
-        out["ci"]["accuracy"] = {k: wilson(v, answered) for k, v in out["accuracy"].items()}
+        out["ci"]["accuracy"] = {k: behaviour.wilson(v, answered) for k, v in out["accuracy"].items()}
     return out
 
 

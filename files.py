@@ -15,6 +15,12 @@ from safetensors.torch import save_file
 
 class InputError(ValueError):
     """Bad input. The message is one sentence that names the file, field or tensor and says what to do."""
+    status = 2
+
+
+class Failed(InputError):
+    """The work went well and its outcome is not what was wanted. The message says what was measured and what to change."""
+    status = 3
 
 
 def read_json(path):
@@ -32,6 +38,13 @@ def write_json(path, obj):
     """Write obj as JSON, all or nothing: after a crash the old file stands, never half of the new one."""
     temp = f"{path}.{os.getpid()}.tmp"
     Path(temp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temp, path)
+
+
+def write_text(path, text):
+    """Write text, all or nothing."""
+    temp = f"{path}.{os.getpid()}.tmp"
+    Path(temp).write_text(text, encoding="utf-8")
     os.replace(temp, path)
 
 

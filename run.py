@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 
 from chat import Chat
 from data import SIZES, read, split, task_name
-from files import InputError, fingerprint, read_json, write_json
+from files import Failed, InputError, fingerprint, read_json, write_json
 
 EMBEDDED = "tiny"  # the model that lies beside this file
 
@@ -27,10 +28,10 @@ def cli(main):
     try:
         main()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{'failed' if isinstance(e, Failed) else 'error'}: {e}", file=sys.stderr)
+        sys.exit(e.status)
+    except KeyboardInterrupt as e:
+        print(f"interrupted{e}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                      # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,6 +39,31 @@ def cli(main):
     except OSError as e:
         print(f"error: {e.filename or 'a file'}: {e.strerror or e}; mend that and run the command again", file=sys.stderr)
         sys.exit(2)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption whose words are the command that resumes."""
+
+    def __str__(self):
+        return f"; resume with: {self.args[0]}"
+
+
+def resume_command(script, argv, run):
+    """The command line that goes on with a run directory, however the interrupted one was written."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--resume" and word != "--out" and not word.startswith("--out="):
+            kept.append(word)
+        skip = word == "--out"
+    return shlex.join(["python", script, *map(str, kept), "--out", str(run), "--resume"])
+
+
+def duration(seconds):
+    """Seconds as people say them: 45 s, 12 min, 2 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def check_numbers(o, free=()):
@@ -79,7 +105,7 @@ def ticker(label, total):
         nonlocal shown
         if done and (now := time.monotonic()) - shown > 5:
             shown = now
-            print(f"{label} {done}/{total}  left {(now - began) / done * (total - done):.0f}s", flush=True)
+            print(f"{label} {done}/{total}  left {duration((now - began) / done * (total - done))}", flush=True)
     return tell
 
 
