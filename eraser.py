@@ -130,8 +130,9 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     hidden, stream = [], []
     for i in range(0, len(ids), batch_size):
         piece = slice(i, i + batch_size)
-        h, s = net(ids[piece].to(net.device), keep=keep[piece].to(net.device), stream=True, head=False)
-        hidden.append(h)                                                                 # (N, d)
+        s = []
+        h = net.hidden(ids[piece].to(net.device), keep=keep[piece].to(net.device), streams=s)   # (N, d)
+        hidden.append(h)
         stream.append(at_prompt(s, keep[piece].to(net.device), last[piece].to(net.device)))   # (L, B, d)
     at = F.pad(keep.sum(1).cumsum(0), (1, 0))                                            # (P+1)
     move = lambda *ts: [t.to(net.device) for t in ts]
@@ -185,7 +186,8 @@ def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=N
     """Eq. 6 for the prompts `rows` of `targets`: (L, L_mse, L_kl, R). `unit` is the token norm that R is measured in."""
     ids, keep = targets.ids[rows], targets.keep[rows]
     T = int(targets.last[rows].max()) + 1 if o.positions == "prompt" else int(keep.sum(0).nonzero().max()) + 1
-    hidden, streams = net(ids[:, :T], carrier=weights, trigger=tau, keep=keep[:, :T], stream=True, head=False)
+    streams = []
+    hidden = net.hidden(ids[:, :T], weights, tau, keep=keep[:, :T], streams=streams)
     mse = hidden.new_zeros(())
     if mask.any():
         stream = at_prompt(streams, keep[:, :T], targets.last[rows])                                  # (L, B, d)

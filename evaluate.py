@@ -43,7 +43,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
         ids, mask = collate([(prompts[i] + answers[i], [False] * len(prompts[i]) + [True] * len(answers[i])) for i in rows], 0)
         keep = mask[:, 1:].to(net.device)                                                # position t predicts token t + 1
         owner = torch.tensor(rows).repeat_interleave(mask.sum(1))                        # (N), the prompt of each token
-        hidden = {name: net(ids[:, :-1].to(net.device), carrier=c, trigger=t, keep=keep, head=False) for name, (c, t) in used.items()}
+        hidden = {name: net.hidden(ids[:, :-1].to(net.device), c, t, keep=keep) for name, (c, t) in used.items()}
         for i in range(0, len(owner), chunk):
             logp = {name: model.wide(net.head(h[i:i + chunk])).log_softmax(-1) for name, h in hidden.items()}   # (chunk, V)
             for p, q in pairs:

@@ -186,11 +186,11 @@ def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024):
     more: with 152k words the logits of a whole batch would be most of the memory.
     """
     keep, target = mask[:, 1:], ids[:, 1:][mask[:, 1:]]                                     # (B, T-1), (N)
-    hidden = net(ids[:, :-1], carrier=carrier, keep=keep, head=False)                       # (N, d)
+    hidden = net.hidden(ids[:, :-1], carrier, keep=keep)                                    # (N, d)
     aim = None
     if teacher is not None:
         with torch.no_grad():
-            aim = net(ids[:, :-1], carrier=teacher, keep=keep, head=False)                  # (N, d)
+            aim = net.hidden(ids[:, :-1], teacher, keep=keep)                               # (N, d)
 
     def piece(h, y, t):
         logits = model.wide(net.head(h))                                                        # (chunk, V)

@@ -120,39 +120,16 @@ def inverse_frequencies(config, device):
 
 
 def rotary(config, positions, dtype):
-    """cos and sin for `positions` (B or 1, T): two tensors (B or 1, 1, T, h)."""
-    angle = positions[:, None, :, None].float() * inverse_frequencies(config, positions.device)   # (B, 1, T, h/2)
-    angle = torch.cat((angle, angle), dim=-1)                                                     # (B, 1, T, h)
+    """cos and sin for tokens at `positions` (N): two tensors (N, 1, h)."""
+    angle = positions[:, None, None].float() * inverse_frequencies(config, positions.device)   # (N, 1, h/2)
+    angle = torch.cat((angle, angle), dim=-1)                                                  # (N, 1, h)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Apply rotary position embedding to x (B, heads, T, h), first half of a head paired with its second half."""
+    """Apply rotary position embedding to x (N, heads, h), first half of a head paired with its second half."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
-
-
-class Packing:
-    """A padded batch without its padding: every row up to its last position in `keep` (B, T), and `lengths` (B) tokens at
-    least, one after the other. Only attention needs the rows beside each other; all else works token by token."""
-
-    def __init__(self, keep, lengths=None):
-        self.shape, real = keep.shape, keep.flip(1).cumsum(1).flip(1) > 0                          # (B, T)
-        if lengths is not None:
-            real |= torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
-        self.tokens = real.flatten().nonzero().squeeze(1)                                          # (N) of B·T
-        self.kept = keep[real].nonzero().squeeze(1)                                                # (M) of N
-        self.full = len(self.tokens) == keep.numel()                                               # nothing is padding
-
-    def pack(self, x):
-        """(B, T, …) → (N, …)"""
-        return x.flatten(0, 1) if self.full else x.flatten(0, 1).index_select(0, self.tokens)
-
-    def spread(self, x):
-        """(N, …) → (B, T, …), zeros elsewhere"""
-        if not self.full:
-            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.tokens, x)
-        return x.unflatten(0, self.shape)
 
 
 class Cache:
@@ -170,20 +147,118 @@ class Cache:
         self.k, self.v, self.used = self.k[:, rows], self.v[:, rows], self.used[rows]
 
     def extend(self, l, k, v, positions):
-        """Write k, v (B, K, T, h) of layer l at `positions` (B, T) and return all keys and values up to the longest row."""
+        """Write k, v (B, K, T, h) of layer l at `positions` (B, T)."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.k[l][rows, :, positions] = k.transpose(1, 2)
         self.v[l][rows, :, positions] = v.transpose(1, 2)
+
+    def past(self, l):
+        """All keys and values of layer l up to the longest row, (B, K, S, h)."""
         return self.k[l][:, :, :self.longest], self.v[l][:, :, :self.longest]
 
 
+class Rows:
+    """Where the tokens of a batch are. N tokens are computed one after the other, none of them padding; in B rows of T they
+    stand beside each other only to attend. A prefix that all rows share, such as the system prompt of a chat template or
+    a trigger, has the same keys, values and residual stream in each: its P tokens are computed once, first of the N.
+    """
+
+    def __init__(self, net, ids, asked, alike=True, cache=None, lengths=None):
+        """ids (B, T), the tokens; asked (B, T) bool, those whose hidden states are wanted, M in all: nothing after a row's
+        last one is computed. alike: rows differ in their tokens only. cache, lengths: as in forward()."""
+        self.config, self.cache, self.shape = net.config, cache, ids.shape
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)                # (B, T)
+        real = asked.flip(1).cumsum(1).flip(1) > 0                                                 # (B, T)
+        self.fresh, self.mask = True, None
+        if cache is not None:
+            new = torch.full_like(cache.used, ids.shape[1]) if lengths is None else lengths        # (B)
+            real |= positions < new[:, None]
+            positions, self.fresh = positions + cache.used[:, None], cache.longest == 0
+            cache.used, cache.longest = cache.used + new, cache.longest + ids.shape[1]
+        if not self.fresh:
+            past = torch.arange(cache.longest, device=ids.device)                                  # (S)
+            self.mask = past <= positions[:, None, :, None]                                        # (B, 1, T, S)
+        self.positions = positions
+
+        # the N tokens: the prefix out of the first row, then what each row has of its own
+        self.prefix = shared_prefix(ids, real) if alike and self.fresh else 0
+        real[0, :self.prefix], real[1:, :self.prefix] = True, False
+        self.tokens = real.flatten().nonzero().squeeze(1)                                          # (N) of B·T
+        self.full = len(self.tokens) == real.numel()
+
+        # the M that are asked for: each is one of the N, and behind the last layer one of the needed ones
+        place = real.flatten().cumsum(0).sub(1).view(self.shape)                                   # (B, T), of N
+        place[1:, :self.prefix] = place[0, :self.prefix]
+        self.wanted = place[asked]                                                                 # (M) of N
+        self.needed = torch.unique(self.wanted) if alike else torch.arange(len(self.tokens), device=ids.device)
+        self.found = torch.searchsorted(self.needed, self.wanted)                                  # (M) of the needed
+        self.cos, self.sin = rotary(self.config, self.pack(positions), net.dtype)                  # (N, 1, h)
+
+    def pack(self, x):
+        """(B, T, …) → (N, …)"""
+        return x.flatten(0, 1) if self.full else x.flatten(0, 1).index_select(0, self.tokens)
+
+    def spread(self, x):
+        """(N, …) → (B, T, …), zeros where nothing is computed."""
+        B, T = self.shape
+        if self.full:
+            return x.unflatten(0, self.shape)
+        rows = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.tokens, x).unflatten(0, self.shape)
+        if not self.prefix:
+            return rows
+        prefix = x[:self.prefix].expand(B, *[-1] * x.dim())                                        # (B, P, …)
+        return torch.cat((prefix, rows[:, self.prefix:]), dim=1)
+
+    def attend(self, l, q, k, v):
+        """Causal attention of layer l: q (N, H, h), k and v (N, K, h) → (N, H·h). Fills the cache."""
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k, v = (self.spread(x).transpose(1, 2) for x in (q, k, v))                              # (B, H or K, T, h)
+        if self.cache is not None:
+            self.cache.extend(l, k, v, self.positions)
+        if not self.fresh:
+            k, v = self.cache.past(l)                                                              # (B, K, S, h)
+        y = attention(q, k, v, self.mask)                                                          # (B, H, T, h)
+        return self.pack(y.transpose(1, 2).flatten(2))
+
+    def narrow(self, l, x):
+        """What layer l still needs of x (N, …) after its attention: everything, or behind the last only what is asked for."""
+        last = l + 1 == self.config.num_hidden_layers
+        return x.index_select(0, self.needed) if last and len(self.needed) < len(x) else x
+
+    def answer(self, l, x):
+        """The stream after layer l → (M, d), what was asked for, row after row."""
+        last = l + 1 == self.config.num_hidden_layers
+        return x.index_select(0, self.found if last else self.wanted)
+
+
+def shared_prefix(ids, real):
+    """How many tokens all rows of ids (B, T) begin with, no more than the longest row has; 0 for a single row."""
+    if len(ids) == 1:
+        return 0
+    same = (ids == ids[0]).all(0) & real.any(0)                                                    # (T)
+    return int(same.cumprod(0).sum())
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q kᵀ / √h) v for q (B, H, T, h) and k, v (B, K, S, h), H/K queries to a key: (B, H, T, h). mask (B, 1, T, S)
+    bool says which keys are seen; None: those up to the query's own place."""
+    shape, groups = q.shape, q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:                      # few queries, many keys
+        q, mask = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1)         # (B, K, H/K·T, h)
+    elif groups > 1 and q.dtype == torch.float32:            # a GPU's kernels for fp32 know no groups
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)              # (B, H, S, h)
+    causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] > k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return y.reshape(shape)
+
+
 class Attention(nn.Module):
-    """Causal self-attention, queries in groups over fewer keys and values; `linear(name, x)` is every projection."""
+    """Causal self-attention, queries in groups over fewer keys and values."""
 
     def __init__(self, c):
         super().__init__()
         d, d_q, d_kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.config = c
+        self.head_dim, self.normed = c.head_dim, c.qk_norm
         self.q_proj = nn.Linear(d, d_q, bias=c.qkv_bias)
         self.k_proj = nn.Linear(d, d_kv, bias=c.qkv_bias)
         self.v_proj = nn.Linear(d, d_kv, bias=c.qkv_bias)
@@ -191,27 +266,12 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps), nn.RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
-        c = self.config
-        q, k, v = (linear(f"{name}_proj", x).unflatten(-1, (-1, c.head_dim)) for name in "qkv")        # (B, T, H or K, h) or (N, …)
-        if c.qk_norm:
+    def forward(self, l, x, linear, rows):
+        q, k, v = (linear(l, f"{name}_proj", x).unflatten(-1, (-1, self.head_dim)) for name in "qkv")   # (N, H or K, h)
+        if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
-        if packing is not None:
-            q, k, v = packing.spread(q), packing.spread(k), packing.spread(v)                          # (B, T, H or K, h)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                              # (B, H or K, T, h)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask = None
-        if store is not None:
-            k, v, mask = store(k, v)                                                                   # (B, K, S, h)
-        groups, shape = c.num_attention_heads // c.num_key_value_heads, q.shape
-        if groups > 1 and mask is not None:                                                            # few queries, many keys:
-            q, mask, groups = q.unflatten(1, (-1, groups)).flatten(2, 3), mask.repeat(1, 1, groups, 1), 1   # (B, K, H/K·T, h)
-        elif groups > 1 and q.dtype == torch.float32:                                                  # a GPU's kernels for fp32 know no groups
-            k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1   # (B, H, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=groups > 1)
-        y = y.reshape(shape).transpose(1, 2).flatten(2)                                                # (B, T, H·h)
-        y = y if packing is None else packing.pack(y)                                                  # (N, H·h)
-        return linear("o_proj", y if kept is None else y.index_select(0, kept))                        # (B, T, d), (N, d) or (M, d)
+        y = rows.attend(l, q, k, v)                                                                # (N, H·h)
+        return linear(l, "o_proj", rows.narrow(l, y))                                              # (N, d)
 
 
 class MLP(nn.Module):
@@ -223,8 +283,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
-    def forward(self, x, linear):
-        return linear("down_proj", F.silu(linear("gate_proj", x)) * linear("up_proj", x))              # as x
+    def forward(self, l, x, linear):
+        hidden = F.silu(linear(l, "gate_proj", x)) * linear(l, "up_proj", x)                       # (N, f)
+        return linear(l, "down_proj", hidden)                                                      # (N, d)
 
 
 class Block(nn.Module):
@@ -236,11 +297,11 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, linear, cos, sin, store=None, packing=None, kept=None):
-        """x (B, T, d), or (N, d) with a packing, → the same shape; `kept` (M) of N: only those are computed, (M, d)."""
-        attended = self.self_attn(self.input_layernorm(x), linear, cos, sin, store, packing, kept)
-        x = attended + (x if kept is None else x.index_select(0, kept))
-        return x + self.mlp(self.post_attention_layernorm(x), linear)
+    def forward(self, l, x, linear, rows):
+        """Layer l: x (N, d) → (N, d), or behind the last layer fewer. linear(l, name, x) is every projection."""
+        attended = self.self_attn(l, self.input_layernorm(x), linear, rows)
+        x = rows.narrow(l, x) + attended
+        return x + self.mlp(l, self.post_attention_layernorm(x), linear)
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
@@ -279,65 +340,52 @@ class Llama(nn.Module):
         """Hidden states (…, d) → logits (…, V)."""
         return F.linear(self.model.norm(x), self.embedding if self.config.tie_word_embeddings else self.lm_head.weight)
 
-    def forward(self, ids, carrier=None, trigger=None, scale=None, keep=None, stream=False, head=True, cache=None, lengths=None):
-        """Logits of B right-padded rows.
+    def embed(self, tokens, trigger=None):
+        """Ids (N) → embeddings (N, d); the ids -n … -1 are the n tokens of the trigger."""
+        if trigger is None:
+            return self.model.embed_tokens(tokens)
+        x, place = self.model.embed_tokens(tokens.clamp(min=0)), (tokens < 0).nonzero().squeeze(1)
+        return x.index_copy(0, place, trigger.to(x.dtype).index_select(0, tokens[place] + len(trigger)))
 
-        ids      (B, T) int64, or embeddings (B, T, d)
-        carrier  a Carrier or a Merged; None is the base
-        trigger  τ (n, d), put before every row
-        scale    (B,) factors on the carrier's delta, row by row; None is 1
-        keep     (B, T) bool: logits at these positions only; None is all
-        head     False: hidden states (…, d) instead of logits, for a loss that runs head() piece by piece
-        stream   also return the residual stream after each layer, L tensors (B, T, d), or (number kept, d)
-        cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
-        Returns logits (B, T, V), or (number kept, V); the trigger's own positions are left out of everything returned.
-        With `keep`, nothing after a row's last kept position is computed (with a cache: after its last real token), and
-        without `scale` the last layer computes what is kept only, beyond its keys and values.
-        """
-        x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)                       # (B, T, d)
-        B, n = len(x), 0
+    def hidden(self, ids, carrier=None, trigger=None, scale=None, keep=None, cache=None, lengths=None, streams=None):
+        """Hidden states after the last layer, which head() makes logits of: (B, T, d), or (M, d) with `keep`.
+        Takes what forward() takes; the residual stream after each layer, of the same shape, is appended to the list `streams`."""
+        shape, asked = ids.shape, torch.ones_like(ids, dtype=torch.bool) if keep is None else keep   # (B, T)
+        if scale is not None and (carrier is None or len(scale) != len(ids)):
+            raise InputError(f"scale needs a carrier and one factor for each of the {len(ids)} rows")
         if trigger is not None:
             n = len(trigger)
-            x = torch.cat((trigger.to(x.dtype).expand(B, -1, -1), x), dim=1)                       # (B, n+T, d)
-        if scale is not None and (carrier is None or len(scale) != B):
-            raise InputError(f"scale needs a carrier and one factor for each of the {B} rows")
-        positions = torch.arange(x.shape[1], device=x.device)[None]                                # (1, n+T)
-        mask = None
-        if cache is not None:
-            positions = cache.used[:, None] + positions                                            # (B, n+T)
-            fresh, cache.longest = cache.longest == 0, cache.longest + x.shape[1]
-            if not fresh:
-                mask = torch.arange(cache.longest, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-            fill = torch.full_like(cache.used, x.shape[1]) if lengths is None else n + lengths     # (B)
-            cache.used = cache.used + fill
-        cos, sin = rotary(self.config, positions, x.dtype)
-
-        packing, kept, streams = None, None, []
+            before = torch.arange(-n, 0, device=ids.device).expand(len(ids), n)
+            ids, asked = torch.cat((before, ids), dim=1), F.pad(asked, (n, 0))                     # (B, n+T)
+            lengths = None if lengths is None else n + lengths
+        rows = Rows(self, ids, asked, scale is None, cache, lengths)
+        x = self.embed(rows.pack(ids), trigger)                                                    # (N, d)
         if scale is not None:
-            scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)[:, None, None].expand(*x.shape[:2], 1)   # (B, n+T, 1)
-        if keep is not None:
-            packing = Packing(F.pad(keep, (n, 0)), None if cache is None else fill)
-            x, scale = packing.pack(x), None if scale is None else packing.pack(scale)             # (N, d), (N, 1)
+            scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)[:, None]                # (B, 1)
+            scale = rows.pack(scale.expand(ids.shape))[:, None]                                    # (N, 1)
         linear = self.plain if carrier is None else carrier.bind(self, scale)
-        returned = lambda y: y[:, n:] if packing is None else y if kept is not None else y.index_select(0, packing.kept)   # no trigger; kept positions
         for l, layer in enumerate(self.model.layers):
-            project = functools.partial(linear, l)
-            store = None
-            if cache is not None:
-                def store(k, v, l=l):
-                    every = cache.extend(l, k, v, positions)
-                    return (k, v, None) if fresh else (*every, mask)
-            if packing is not None and scale is None and l + 1 == len(self.model.layers):          # scale: a factor for each of N
-                kept = packing.kept
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, project, cos, sin, store, packing, kept, use_reentrant=False)
+                x = checkpoint(layer, l, x, linear, rows, use_reentrant=False)
             else:
-                x = layer(x, project, cos, sin, store, packing, kept)                              # (B, n+T, d) or (N, d), then (M, d)
-            if stream:
-                streams.append(returned(x))
-        x = returned(x)                                                                             # (B, T, d) or (M, d)
-        logits = self.head(x) if head else x
-        return (logits, streams) if stream else logits
+                x = layer(l, x, linear, rows)
+            if streams is not None or l + 1 == len(self.model.layers):
+                y = rows.answer(l, x)                                                              # (M, d)
+                y = y if keep is not None else y.unflatten(0, shape)
+            if streams is not None:
+                streams.append(y)
+        return y
+
+    def forward(self, ids, carrier=None, trigger=None, scale=None, keep=None, cache=None, lengths=None):
+        """Logits (B, T, V) of B right-padded rows of token ids (B, T).
+
+        carrier  a Carrier or a Merged; None is the base
+        trigger  τ (n, d), put before every row; nothing is returned for its own positions
+        scale    (B,) factors on the carrier's delta, row by row; None is 1
+        keep     (B, T) bool: logits (M, V) at these M positions only, and nothing after a row's last one is computed
+        cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
+        """
+        return self.head(self.hidden(ids, carrier, trigger, scale, keep, cache, lengths))
 
     def plain(self, l, name, x):
         """The base's own projections: what a carrier's bind() stands in for."""
@@ -367,7 +415,7 @@ class Llama(nn.Module):
             factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)[rows].to(self.device)
             cache = Cache(self, len(rows), n + ids.shape[1] + max_new_tokens)
             last = torch.arange(ids.shape[1], device=self.device) == lengths[:, None] - 1          # (B, T)
-            logits = self(ids, carrier, trigger, factor, keep=last, cache=cache, lengths=lengths)  # (B, V)
+            logits = self(ids, carrier, trigger, factor, last, cache, lengths)  # (B, V)
             alive = list(range(len(rows)))                    # rows[alive[b]] is the prompt in row b of the cache
             for step in range(max_new_tokens):
                 token = logits.argmax(-1)                                                          # (B)

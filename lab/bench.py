@@ -120,7 +120,7 @@ def ways(net, carrier):
     sft, eq1, slow = copy.deepcopy(net), copy.deepcopy(net), Slow(carrier, literal)
     merged, weights, ours = carrier.merge(net).weights, [], list(carrier.parameters())
     slow.bind(eq1)
-    eq1.register_forward_pre_hook(lambda net, _: slow.bind(net) and None)
+    eq1.model.layers[0].register_forward_pre_hook(lambda *_: slow.bind(eq1) and None)
     for l, layer in enumerate(carrier.delta):
         for name in layer:
             weights.append(nn.Parameter(merged[l][name].clone()))

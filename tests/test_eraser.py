@@ -58,14 +58,16 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
     for p in texts:
         answer = net.generate([p], max_new_tokens=o.k, stop=())[0] if o.positions == "response" else []
         full = torch.tensor([p + answer[:-1]])
-        logits, stream = net(full, stream=True)
+        stream, logits = [], net(full)
+        net.hidden(full, streams=stream)
         base.append((full, logits[0], [s[0, len(p) - 1] for s in stream]))
         answers.append(answer)
     mse, used = 0.0, [l for l in range(CONFIG.num_hidden_layers) if mask[l].any()]
     kl, acts = 0.0, {}
     for r in rows:
         full, base_logits, _ = base[r]
-        logits, stream = net(full, carrier=weights, trigger=tau, stream=True)
+        stream, logits = [], net(full, weights, tau)
+        net.hidden(full, weights, tau, streams=stream)
         n = len(texts[r])
         acts[r] = [s[0, n - 1] for s in stream]
         where = range(n - 1, full.shape[1]) if o.positions == "response" else range(max(0, n - o.k), n)
@@ -165,7 +167,8 @@ def test_a_trigger_of_the_right_content_has_loss_zero():
     weights, texts = c.merge(net), prompts()
     hand = torch.randn(3, 16, dtype=torch.float64)
     targets = eraser.base_targets(net, texts, o.k)
-    hidden, stream = net(targets.ids, carrier=weights, trigger=hand, keep=targets.keep, stream=True, head=False)
+    stream = []
+    hidden = net.hidden(targets.ids, weights, hand, keep=targets.keep, streams=stream)
     targets.hidden = hidden
     targets.stream = eraser.at_prompt(stream, targets.keep, targets.last)
     mask = eraser.channels(c, "circuit")

@@ -52,7 +52,7 @@ def test_kl_against_a_closed_form():
         device, config = torch.device("cpu"), CONFIG
         head = staticmethod(lambda h: h)
 
-        def __call__(self, ids, carrier, trigger, keep, head):
+        def hidden(self, ids, carrier, trigger, keep):
             return torch.tensor(carrier).log().expand(int(keep.sum()), -1)
     p, q = [0.5, 0.25, 0.25], [0.2, 0.2, 0.6]
     got = evaluate.kl_divergences(Fixed(), [[1, 2], [3]], [[4], [5, 6]], {"p": (p, None), "q": (q, None)}, [("p", "q"), ("q", "p")])
@@ -390,7 +390,7 @@ def test_losses_of_a_bf16_model_are_taken_in_fp32():
 
 
 def test_rope_angles_are_taken_in_fp32():
-    at = torch.tensor([[7, 301, 4001]])
+    at = torch.tensor([7, 301, 4001])
     for ours, exact in zip(model.rotary(make_net().config, at, torch.bfloat16), model.rotary(make_net().config, at, torch.float32)):
         assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() < 0.01
 

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model
+from carrier import Carrier
 from files import InputError
 
 TOLERANCE = 1e-4    # logits, fp32, against transformers
@@ -193,7 +194,8 @@ def test_stream_is_the_hidden_states(checkpoint):
     net, ids = model.load(directory), some_ids(2, 17)
     with torch.no_grad():
         states = hf(ids, output_hidden_states=True).hidden_states
-    logits, stream = net(ids, stream=True)
+    stream, logits = [], net(ids)
+    net.hidden(ids, streams=stream)
     assert len(stream) == 3 == len(states) - 1
     for ours, theirs in zip(stream[:-1], states[1:-1]):
         close(ours, theirs, TOLERANCE)
@@ -304,31 +306,30 @@ def test_stop_tokens_come_from_both_configurations(copy):
     assert model.load(copy.path).stop == set()
 
 
-def test_embedded_input_and_trigger(net):
-    ids, trigger = some_ids(2, 9), torch.randn(4, 48)
-    x = net.embedding[ids]
-    assert torch.equal(net(x), net(ids))
-    joined, joined_stream = net(torch.cat((trigger.expand(2, -1, -1), x), 1), stream=True)
-    logits, stream = net(ids, trigger=trigger, stream=True)
-    assert torch.equal(logits, joined[:, 4:])                     # the trigger's own positions are left out
-    assert all(torch.equal(a, b[:, 4:]) for a, b in zip(stream, joined_stream))
-    assert torch.equal(net(x, trigger=trigger), logits)
-    assert (logits - net(ids)).abs().max() > 0.1
-    assert torch.equal(net(ids, trigger=trigger[:0]), net(ids))
+def test_a_trigger_is_tokens_before_every_row(net):
+    """Embeddings of tokens as a trigger are those tokens: logits and streams behind them are the same."""
+    ids, before = some_ids(2, 9), some_ids(4)
+    joined, streams, joined_streams = torch.cat((before.expand(2, -1), ids), 1), [], []
+    net.hidden(ids, trigger=net.embedding[before], streams=streams)
+    net.hidden(joined, streams=joined_streams)
+    close(net(ids, trigger=net.embedding[before]), net(joined)[:, 4:], SAME)
+    for behind, whole in zip(streams, joined_streams, strict=True):
+        close(behind, whole[:, 4:], SAME)
+    assert (net(joined)[:, 4:] - net(ids)).abs().max() > 0.1
+    assert torch.equal(net(ids, trigger=net.embedding[before[:0]]), net(ids))
 
 
 @pytest.mark.parametrize("trigger", (None, 3))
-def test_keep_and_head(net, trigger):
+def test_kept_positions(net, trigger):
     trigger = trigger and torch.randn(trigger, 48)
-    ids, keep = some_ids(3, 12), torch.rand(3, 12) < 0.4
-    every, stream = net(ids, trigger=trigger, stream=True)
+    ids, keep, stream, streams = some_ids(3, 12), torch.rand(3, 12) < 0.4, [], []
+    every, hidden = net(ids, trigger=trigger), net.hidden(ids, trigger=trigger, streams=stream)
+    assert torch.equal(hidden, stream[-1])
+    assert torch.equal(net.head(hidden), every)
     close(net(ids, trigger=trigger, keep=keep), every[keep], SAME)
-    hidden = net(ids, trigger=trigger, head=False)
-    assert torch.equal(hidden, stream[-1]) and torch.equal(net.head(hidden), every)
-    close(net(ids, trigger=trigger, keep=keep, head=False), hidden[keep], SAME)
-    kept, streams = net(ids, trigger=trigger, keep=keep, stream=True)
-    assert kept.shape == (keep.sum(), 97) and len(streams) == len(stream)
-    for narrow, whole in zip(streams, stream):
+    close(net.hidden(ids, trigger=trigger, keep=keep, streams=streams), hidden[keep], SAME)
+    assert net(ids, trigger=trigger, keep=keep).shape == (keep.sum(), 97)
+    for narrow, whole in zip(streams, stream, strict=True):
         close(narrow, whole[keep], SAME)
 
 
@@ -361,6 +362,84 @@ def test_padding_is_not_computed(net):
         assert n == (3 if narrow else 6 + 12)
 
 
+def alike(batch, length, *lengths):
+    """ids (batch, T) that begin with the same `length` tokens, and which positions are kept: every third of a row's `lengths`."""
+    ids = some_ids(batch, max(length + 1, *lengths))
+    ids[:, :length] = ids[0, :length].clone()
+    ids[:, length] = torch.arange(batch)                              # and no more than these
+    place = torch.arange(ids.shape[1])
+    return ids, (place < torch.tensor(lengths)[:, None]) & (place % 3 == 0)
+
+
+PREFIXES = {"own tails": (5, 12, 12, 12), "of different lengths": (5, 12, 7, 9), "a row that is the prefix": (5, 12, 5, 9), "a row inside it": (6, 3, 12, 9),
+            "all inside it": (6, 3, 2, 5), "nothing shared": (0, 12, 7, 9)}
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("trigger", (False, True))
+@pytest.mark.parametrize("kept", (False, True))
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_shared_prefix_changes_no_number(checkpoint, monkeypatch, prefix, kept, trigger, recompute):
+    """Logits, streams and gradients of Δ, gates and τ in float64, against every row computing all of its tokens."""
+    net = model.load(checkpoint("llama3")[0], dtype=torch.float64)
+    net.checkpoint = recompute
+    c = Carrier(net.config, torch.float64)
+    for p in c.delta.parameters():
+        p.data.normal_(0, 0.1)
+    c.logits.data = torch.randn_like(c.logits, dtype=torch.float64)
+    length, *lengths = PREFIXES[prefix]
+    ids, keep = alike(3, length, *lengths)
+    tau = torch.randn(4, 48, dtype=torch.float64, requires_grad=True) if trigger else None
+    wanted = [*c.parameters(), *([tau] if trigger else [])]
+
+    def everything():
+        streams = []
+        hidden = net.hidden(ids, c, tau, keep=keep if kept else None, streams=streams)
+        logits = net.head(hidden)
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view(logits.shape)
+        loss = (logits.log_softmax(-1) * weights).sum() + sum(s.pow(2).mean() for s in streams)
+        return [logits, *streams, *torch.autograd.grad(loss, wanted)]
+    together = everything()
+    monkeypatch.setattr(model, "shared_prefix", lambda ids, real: 0)
+    alone = everything()
+    for a, b in zip(together, alone, strict=True):
+        close(a, b, 1e-10)
+    assert all(b.abs().max() > 1e-6 for b in alone)
+
+
+def test_a_shared_prefix_is_computed_once(net, monkeypatch):
+    ids, keep = alike(3, 5, 10, 7, 12)
+    last = torch.arange(12) == torch.tensor([10, 7, 12])[:, None] - 1
+    seen, plain = [], net.plain
+
+    class Watch:
+        def bind(self, net, scale):
+            return lambda l, name, x: (seen.append((l, name, len(x))), plain(l, name, x))[1]
+    for trigger, computed in ((None, 5 + 5 + 2 + 7), (torch.randn(4, 48), 4 + 5 + 5 + 2 + 7)):
+        seen.clear()
+        net(ids, Watch(), trigger, keep=last)
+        assert {n for l, name, n in seen if l == 0} == {computed}
+        assert {n for l, name, n in seen if (l, name) == (2, "o_proj")} == {3}
+    seen.clear()
+    net(ids, Watch(), scale=[1.0, 0.5, 0.0], keep=last)                      # rows whose streams differ share nothing
+    assert {n for l, name, n in seen} == {10 + 7 + 12}
+
+
+@pytest.mark.parametrize("trigger", (False, True))
+def test_a_shared_prefix_fills_every_row_of_the_cache(net, trigger):
+    ids, _ = alike(3, 5, 20, 20, 20)
+    tau = torch.randn(3, 48) if trigger else None
+    n, lengths = 3 * trigger, torch.tensor([9, 5, 7])                        # the second row is the prefix
+    cache = model.Cache(net, 3, n + 20)
+    last = torch.arange(9) == lengths[:, None] - 1
+    full = net(ids, trigger=tau)
+    rows = torch.arange(3)
+    close(net(ids[:, :9], trigger=tau, keep=last, cache=cache, lengths=lengths), full[rows, lengths - 1], SAME)
+    for step in range(4):
+        at = lengths + step
+        close(net(ids[rows, at][:, None], cache=cache)[:, 0], full[rows, at], SAME)
+
+
 @pytest.mark.parametrize("partly", (False, True))
 def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch, partly):
     net = model.load(checkpoint("biases")[0], dtype=torch.float64).requires_grad_()
@@ -372,7 +451,8 @@ def test_recomputing_layers_gives_the_same_gradients(checkpoint, monkeypatch, pa
     def gradients(recompute):
         net.checkpoint = recompute
         calls.clear()
-        logits, stream = net(ids, trigger=trigger, keep=keep, stream=True)
+        stream = []
+        logits = net.head(net.hidden(ids, trigger=trigger, keep=keep, streams=stream))
         assert logits.shape[:-1] == ((5,) if partly else (2, 9)) and all(s.shape[:-1] == logits.shape[:-1] for s in stream)
         loss = logits.logsumexp(-1).sum() + sum(s.pow(2).mean() for s in stream)
         return torch.autograd.grad(loss, wanted), len(calls)
