@@ -7,8 +7,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"chat", "data", "model"},
-    {"run", "behaviour", "carrier", "paper"},
+    {"chat", "behaviour", "model"},
+    {"data", "carrier", "paper"},
+    {"run"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},
