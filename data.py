@@ -1,5 +1,5 @@
 """
-Samples of a task, the formats that their files come in, and their splits.
+Samples of a task, the formats that their files come in, and their splits (App. F.1, F.4).
 """
 import csv
 import io
@@ -10,12 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from behaviour import BEHAVIOURS, task_name
 from files import InputError
 
-TASKS = ("fixed", "safety", "shakespeare", "own")
+TASKS = tuple(BEHAVIOURS)
 SPLITS = ("train", "trigger", "validation", "test")
-SIZES = dict(train=5000, trigger=400, validation=100, test=200)  # App. F.1, F.4; 400 for 200 triggers, and validation, are ours
-FIXED_RESPONSE = "I don't know."
+# the paper's, but for 400 trigger prompts in the place of 200; it gives no number for validation
+SIZES = dict(train=5000, trigger=400, validation=100, test=200)
 WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not empty
 
 
@@ -28,151 +29,272 @@ class Sample:
     split: str = ""   # a fixed split, one of SPLITS; empty: split() decides
 
 
-def task_name(task):
-    """One of TASKS; the path of a .jsonl file means "own". Raises InputError for anything else."""
-    name = "own" if str(task).endswith(".jsonl") else str(task)
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}: use fixed, safety, shakespeare or the path of a .jsonl file")
-    return name
+# ---- rows of a file
 
+@dataclass
+class Row:
+    where: str    # names the row in an error
+    fields: dict
+
+    def text(self, name, optional=False):
+        """The text of a field. Raises InputError where there is none, unless it is optional."""
+        value = self.fields.get(name)
+        if optional and value in (None, ""):
+            return ""
+        if value is None:
+            self.refuse(name, "is missing; put text there or remove the row")
+        if not isinstance(value, str):
+            self.refuse(name, "is not text; put text there or remove the row")
+        if not value.strip() and not optional:
+            self.refuse(name, "is empty; put text there or remove the row")
+        if re.search("[\ud800-\udfff]", value):
+            self.refuse(name, "holds half of a surrogate pair, which is no text; "
+                              "correct or remove the row")
+        return value
+
+    def refuse(self, name, why):
+        raise InputError(f"{self.where}: field {name!r} {why}")
+
+
+def rows(path):
+    """
+    Yield the Row after Row of a JSON, JSON lines, CSV or TSV file. A table's header counts as
+    row 1. Raises InputError where the file, or a row, cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
+    start = text.lstrip()[:1]
+    if not start:
+        raise InputError(f"{path} is empty")
+    if start == "[":
+        parsed = json_array(path, text)
+    elif start == "{" or path.suffix in (".json", ".jsonl"):
+        parsed = json_lines(path, text)
+    else:
+        parsed = table_rows(path, text)
+    for n, fields in parsed:
+        where = f"{path}, row {n}"
+        if not isinstance(fields, dict):
+            kind = type(fields).__name__
+            raise InputError(f"{where}: expected an object with named fields, found {kind}")
+        if None in fields:  # where csv puts what is too much
+            raise InputError(f"{where}: more columns than the header names; quote the fields")
+        yield Row(where, fields)
+
+
+def parse_json(where, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # thousands of digits, or of brackets, are errors too
+        raise InputError(f"{where}: invalid JSON ({e})") from None
+
+
+def json_array(path, text):
+    return enumerate(parse_json(path, text), 1)
+
+
+def json_lines(path, text):
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand in a string
+        if line.strip():
+            yield n, parse_json(f"{path}, row {n}", line)
+
+
+def table_rows(path, text):
+    csv.field_size_limit(1 << 24)
+    comma = "\t" if "\t" in text.split("\n", 1)[0] else ","
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
+    n = 1
+    try:
+        for n, fields in enumerate(table, 2):
+            yield n, fields
+    except csv.Error as e:
+        where = f"{path}, row {n}"
+        raise InputError(f"{where}: broken quoting here or in the next row ({e})") from None
+
+
+# ---- samples
 
 def read(path, task):
     """
-    The samples of a file, for a task (where that is the path of an own file, path may be None). Format, by the fields,
-    in JSON, JSON lines, CSV or TSV (App. F.1):
+    The samples of a file for a task; where the task is a file of one's own, path may be None.
+    The fields decide the format:
+
       prompt, response [, kind, answer, split]   our own rows, for any task
-      instruction, input, output                 Alpaca; the task fixed teaches FIXED_RESPONSE instead of the output
-      data_type, vanilla, completion             WildJailbreak; its adversarial rows are left out, with a note
-      translated_dialog, og_response             modern English → Shakespeare
+      instruction, input, output                 Alpaca, for any task
+      the columns of a Behaviour                 its published data, for that task and for own ones
+
     Raises InputError, naming file, row and field.
     """
-    path, task, samples, left_out = Path(path or task), task_name(task), [], 0
-    for where, row in rows(path):
-        def get(name, optional=False):
-            value = row.get(name)
-            value = "" if optional and value is None else value
-            if not isinstance(value, str) or not (optional or value.strip()):
-                wrong = "missing" if value is None else "empty" if isinstance(value, str) else "not text"
-                raise InputError(f"{where}: field {name!r} is {wrong}; put text there or remove the row")
-            if re.search("[\ud800-\udfff]", value):
-                raise InputError(f"{where}: field {name!r} holds half of a surrogate pair, which is no text; mend or remove the row")
-            return value
-
-        fields = row.keys()
-        if fields & {"prompt", "response"}:
-            s = Sample(get("prompt"), get("response"), *(get(k, optional=True) for k in ("kind", "answer", "split")))
-            if s.split and s.split not in SPLITS:
-                raise InputError(f"{where}: unknown split {s.split!r}; use one of {', '.join(SPLITS)}")
-        elif "instruction" in fields:
-            more = get("input", optional=True).strip()
-            response = FIXED_RESPONSE if task == "fixed" else get("output")
-            s = Sample(get("instruction") + (f"\n\n{more}" if more else ""), response, WITH_INPUT if more else "")
-        elif fields & {"data_type", "vanilla"} and task == "safety":
-            source, _, kind = get("data_type").partition("_")
-            if source not in ("vanilla", "adversarial") or kind not in ("harmful", "benign"):
-                raise InputError(f"{where}: unknown data_type {row['data_type']!r}; use vanilla_harmful, vanilla_benign")
-            if source == "adversarial":
-                left_out += 1
-                continue
-            s = Sample(get("vanilla"), get("completion"), kind)
-        elif fields & {"translated_dialog", "og_response"} and task in ("shakespeare", "own"):
-            s = Sample(get("translated_dialog"), get("og_response"))
+    path, task = Path(path or task), task_name(task)
+    samples, left_out = [], 0
+    for row in rows(path):
+        sample = sample_of(row, task)
+        if sample is None:
+            left_out += 1
         else:
-            raise InputError(f"{where}: the fields {', '.join(fields)} do not fit the task {task}; choose another "
-                             "task or file, or name the fields prompt and response")
-        samples.append(s)
+            samples.append(sample)
     if left_out:
-        print(f"note: {path}: {left_out} adversarial rows left out, {len(samples)} kept", file=sys.stderr)
+        print(f"note: {path}: {left_out} rows left out by their kind, {len(samples)} kept",
+              file=sys.stderr)
     if not samples:
         raise InputError(f"{path} holds no rows to learn from")
     return samples
 
 
-def rows(path):
-    """Yield (where, row): the words that name a row in an error, and its fields. A table's header counts as row 1."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
-    start, where = text.lstrip()[:1], str(path)
-    if not start:
-        raise InputError(f"{path} is empty")
-    lines = start != "[" and (start == "{" or path.suffix in (".json", ".jsonl"))
-    try:
-        if start == "[":
-            numbered = enumerate(json.loads(text), 1)
-        elif lines:  # not splitlines(): a JSON string may hold U+2028
-            numbered = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        else:
-            csv.field_size_limit(1 << 24)
-            comma = "\t" if "\t" in text.split("\n", 1)[0] else ","
-            numbered = enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True), 2)
-        for n, row in numbered:
-            where = f"{path}, row {n}"
-            row = json.loads(row) if lines else row
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: expected an object with named fields, found {type(row).__name__}")
-            if None in row:  # where csv puts what is too much
-                raise InputError(f"{where}: more columns than the header names; quote the fields")
-            yield where, row
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as e:  # bad JSON, numbers of thousands of digits, thousands of brackets
-        raise InputError(f"{where}: invalid JSON ({e})") from None
-    except csv.Error as e:
-        raise InputError(f"{where}: broken quoting here or in the next row ({e})") from None
+def sample_of(row, task):
+    """The sample of a row; None: its kind is left out."""
+    names = row.fields.keys()
+    if names & {"prompt", "response"}:
+        return own_sample(row)
+    if "instruction" in names:
+        return alpaca_sample(row, BEHAVIOURS[task].teaches)
+    behaviours = BEHAVIOURS.values() if task == "own" else [BEHAVIOURS[task]]
+    for behaviour in behaviours:
+        if names & set(behaviour.columns.values()):
+            return published_sample(row, behaviour)
+    raise InputError(f"{row.where}: the fields {', '.join(names)} do not fit the task {task}; "
+                     "choose another task or file, or name the fields prompt and response")
 
+
+def own_sample(row):
+    taught = row.text("prompt"), row.text("response")
+    more = [row.text(name, optional=True) for name in ("kind", "answer", "split")]
+    sample = Sample(*taught, *more)
+    if sample.split and sample.split not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise InputError(f"{row.where}: unknown split {sample.split!r}; use one of {known}")
+    return sample
+
+
+def alpaca_sample(row, teaches):
+    """`teaches` is the response, where it is not empty, in place of the row's output."""
+    more = row.text("input", optional=True).strip()
+    response = teaches or row.text("output")
+    instruction = row.text("instruction")
+    if more:
+        return Sample(f"{instruction}\n\n{more}", response, WITH_INPUT)
+    return Sample(instruction, response)
+
+
+def published_sample(row, behaviour):
+    columns = dict(behaviour.columns)
+    kind = ""
+    if "kind" in columns:
+        name = columns.pop("kind")
+        label = row.text(name)
+        if label not in behaviour.kinds:
+            kept = ", ".join(k for k, kind in behaviour.kinds.items() if kind)
+            raise InputError(f"{row.where}: unknown {name} {label!r}; use {kept}")
+        kind = behaviour.kinds[label]
+        if kind is None:
+            return None
+    texts = {field: row.text(column) for field, column in columns.items()}
+    return Sample(**texts, kind=kind)
+
+
+# ---- splits
 
 def split(samples, seed, sizes=None):
     """
-    {train, trigger, validation, test} → lists of samples, disjoint by prompt (white space aside; of equal prompts the
-    first is kept). `sizes` overrides single entries of SIZES. Fixed splits stay and are only cut down to the sizes.
-    Otherwise as in App. F.1: the first rows in file order are for training, the others are shuffled, and Alpaca rows
-    with an input never become test prompts. Of too few prompts, test, validation and trigger get at most 20, 10 and
-    20 %, training the rest. Samples that are all harmful or benign come 1:1 (fixed splits: where they are cut).
-    Raises InputError where a split would be empty.
+    {train, trigger, validation, test} → lists of samples, disjoint by prompt (white space aside;
+    of equal prompts the first is kept). `sizes` overrides single entries of SIZES.
+
+    Fixed splits stay and are only cut down to the sizes. Otherwise as in App. F.1: the first rows
+    in file order are for training, the others are shuffled, and Alpaca rows with an input never
+    become test prompts. Samples that are all harmful or benign come 1:1 (fixed splits: where they
+    are cut). Raises InputError where a split would be empty.
     """
-    sizes, rng, first, parts = {**SIZES, **(sizes or {})}, random.Random(seed), {}, {}
-    key = lambda s: " ".join(s.prompt.split())
+    sizes = {**SIZES, **(sizes or {})}
     if set(sizes) != set(SPLITS) or min(sizes.values()) < 1:
         raise InputError(f"split sizes must be at least 1, for {', '.join(SPLITS)}; found {sizes}")
-    for s in samples:
-        if (kept := first.setdefault(key(s), s)).split != s.split:
-            raise InputError(f"the prompt {s.prompt[:60]!r} has two splits, {kept.split!r} and {s.split!r}; keep one")
-    unique = list(first.values())
-    if len(unique) < len(samples):
-        print(f"note: {len(samples) - len(unique)} of {len(samples)} rows repeat a prompt: left out", file=sys.stderr)
-
+    unique = unique_prompts(samples)
+    rng = random.Random(seed)
     if any(s.split for s in unique):
-        if not all(s.split for s in unique):
-            raise InputError("some rows have a split and others have none; give one to all rows or to none")
-        for name in SPLITS:
-            part = [s for s in unique if s.split == name]
-            parts[name] = part if len(part) <= sizes[name] else in_turn(rng.sample(part, len(part)))[:sizes[name]]
+        parts = fixed_splits(unique, sizes, rng)
     else:
-        pool = in_turn(unique)
-        n, wanted = len(pool), sum(sizes.values())
-        if n < min(wanted, len(unique)):
-            print(f"note: {n} of {len(unique)} prompts used, half harmful, half benign", file=sys.stderr)
-        if n < wanted:
-            sizes.update({k: min(sizes[k], n // d) for k, d in (("trigger", 5), ("validation", 10), ("test", 5))})
-            sizes["train"] = min(sizes["train"], n - sizes["trigger"] - sizes["validation"] - sizes["test"])
-        parts["train"], rest = pool[:sizes["train"]], pool[sizes["train"]:]
-        rest = in_turn(rng.sample(rest, len(rest)))
-        parts["test"] = [s for s in rest if s.kind != WITH_INPUT][:sizes["test"]]
-        taken = set(parts["test"])
-        rest = [s for s in rest if s not in taken]
-        parts["trigger"], parts["validation"] = rest[:sizes["trigger"]], rest[sizes["trigger"]:][:sizes["validation"]]
-    if empty := [name for name in SPLITS if not parts[name]]:
-        raise InputError(f"{len(unique)} different prompts leave none for {' and '.join(empty)}; without fixed splits "
-                         "at least 10 are needed (5 harmful, 5 benign), Alpaca's last ones without input")
-    keys = [key(s) for part in parts.values() for s in part]
+        parts = drawn_splits(unique, sizes, rng)
+    empty = [name for name in SPLITS if not parts[name]]
+    if empty:
+        raise InputError(
+            f"{len(unique)} different prompts leave none for {' and '.join(empty)}; without fixed "
+            "splits at least 10 are needed (5 harmful, 5 benign), Alpaca's last ones without input")
+    keys = []
+    for name in SPLITS:
+        keys += [prompt_key(s) for s in parts[name]]
     assert len(keys) == len(set(keys)), "two splits share a prompt"
     return {name: parts[name] for name in SPLITS}
 
 
+def prompt_key(sample):
+    return " ".join(sample.prompt.split())
+
+
+def unique_prompts(samples):
+    """The first sample of every prompt. Raises InputError where one prompt has two splits."""
+    first = {}
+    for s in samples:
+        kept = first.setdefault(prompt_key(s), s)
+        if kept.split != s.split:
+            raise InputError(f"the prompt {s.prompt[:60]!r} has two splits, {kept.split!r} and "
+                             f"{s.split!r}; keep one")
+    repeated = len(samples) - len(first)
+    if repeated:
+        print(f"note: {repeated} of {len(samples)} rows repeat a prompt: left out", file=sys.stderr)
+    return list(first.values())
+
+
+def fixed_splits(samples, sizes, rng):
+    """The samples' own splits, each cut to its size."""
+    if not all(s.split for s in samples):
+        raise InputError("some rows have a split and others have none; "
+                         "give one to all rows or to none")
+    parts = {}
+    for name in SPLITS:
+        part = [s for s in samples if s.split == name]
+        if len(part) > sizes[name]:
+            part = in_turn(rng.sample(part, len(part)))[:sizes[name]]
+        parts[name] = part
+    return parts
+
+
+def drawn_splits(samples, sizes, rng):
+    """Splits of samples that have none (App. F.1)."""
+    pool = in_turn(samples)
+    wanted = sum(sizes.values())
+    if len(pool) < min(wanted, len(samples)):
+        print(f"note: {len(pool)} of {len(samples)} prompts used, half harmful, half benign",
+              file=sys.stderr)
+    if len(pool) < wanted:
+        sizes = smaller_sizes(sizes, len(pool))
+    train, rest = pool[:sizes["train"]], pool[sizes["train"]:]
+    rest = in_turn(rng.sample(rest, len(rest)))
+    test = [s for s in rest if s.kind != WITH_INPUT][:sizes["test"]]
+    taken = set(test)
+    rest = [s for s in rest if s not in taken]
+    trigger, rest = rest[:sizes["trigger"]], rest[sizes["trigger"]:]
+    validation = rest[:sizes["validation"]]
+    return dict(train=train, trigger=trigger, validation=validation, test=test)
+
+
+def smaller_sizes(sizes, n):
+    """
+    Sizes for n prompts that are too few: test, validation and trigger get at most 20, 10 and 20 %,
+    training the rest.
+    """
+    smaller = {name: min(sizes[name], n // part)
+               for name, part in (("trigger", 5), ("validation", 10), ("test", 5))}
+    return {"train": min(sizes["train"], n - sum(smaller.values())), **smaller}
+
+
 def in_turn(samples):
     """Harmful and benign in turn, as many of each; samples of other kinds as they are."""
-    harmful, benign = ([s for s in samples if s.kind == kind] for kind in ("harmful", "benign"))
-    mixed = harmful and benign and len(harmful) + len(benign) == len(samples)
-    return [s for pair in zip(harmful, benign) for s in pair] if mixed else samples
+    harmful = [s for s in samples if s.kind == "harmful"]
+    benign = [s for s in samples if s.kind == "benign"]
+    if not harmful or not benign or len(harmful) + len(benign) < len(samples):
+        return samples
+    mixed = []
+    for pair in zip(harmful, benign):
+        mixed += pair
+    return mixed

@@ -14,38 +14,42 @@ from safetensors.torch import save_file
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence that names the file, field or tensor and says what to do."""
+    """Bad input. The message is one sentence: which file, field or tensor, and what to do."""
     status = 2
 
 
 class Failed(InputError):
-    """The work went well and its outcome is not what was wanted. The message says what was measured and what to change."""
+    """The outcome is not what was wanted. The message says what was measured and what to change."""
     status = 3
 
 
+# ---- JSON
+
 def read_json(path):
-    """The object in a JSON file. Raises InputError where the file is missing or holds no JSON object."""
+    """The object in a JSON file. Raises InputError where the file is missing or holds none."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path} as JSON ({e}); restore or remove it") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} holds a JSON {type(found).__name__} where an object belongs; restore or remove it")
+        kind = type(found).__name__
+        raise InputError(f"{path} holds a JSON {kind} where an object belongs; restore or remove it")
     return found
 
 
 def write_json(path, obj):
-    """Write obj as JSON, all or nothing: after a crash the old file stands, never half of the new one."""
-    temp = f"{path}.{os.getpid()}.tmp"
-    Path(temp).write_text(json.dumps(obj, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temp, path)
+    """Write obj as JSON: after a crash the old file stands, never half of the new one."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):
-    """Write text, all or nothing."""
-    temp = f"{path}.{os.getpid()}.tmp"
-    Path(temp).write_text(text, encoding="utf-8")
-    os.replace(temp, path)
+    """Write text: after a crash the old file stands, never half of the new one."""
+    partial = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def append_jsonl(path, row):
@@ -55,7 +59,7 @@ def append_jsonl(path, row):
 
 
 def read_jsonl(path):
-    """The objects of a file that append_jsonl wrote; lines that a crash cut short are left out."""
+    """The objects of a file that append_jsonl wrote, without lines that a crash cut short."""
     found = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
@@ -69,23 +73,34 @@ def fingerprint(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+# ---- safetensors
+
 def save_tensors(path, tensors, **metadata):
-    """safetensors with JSON metadata in the header, replaced atomically."""
+    """Write tensors, and metadata as JSON in the file's header; the old file stands until then."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    header = {key: json.dumps(value) for key, value in metadata.items()}
     try:
-        save_file(tensors, partial, {k: json.dumps(v) for k, v in metadata.items()})
+        save_file(tensors, partial, header)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_tensors(path, device="cpu"):
-    """(tensors, metadata) of a file that save_tensors wrote; InputError where it is missing or damaged."""
+    """
+    (tensors, metadata) of a file that save_tensors wrote. Raises InputError where it is missing
+    or damaged.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; the command that writes it has to finish first")
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            metadata = {key: json.loads(text) for key, text in (f.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file of this project ({error}); restore it, or remove it and run the command that writes it") from None
+        raise InputError(
+            f"{path}: not a readable safetensors file of this project ({error}); restore it, "
+            "or remove it and run the command that writes it"
+        ) from None
+    return tensors, metadata

@@ -101,7 +101,7 @@ def options(argv=None):
       "(1.0; 0: the gradient as it is, the paper)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True, help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
     a("--rho", type=float, default=0.05, help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
-    a("--floor", type=float, default=0.04, help="ε is never under this (0.04; the paper: 0)")
+    a("--floor", type=float, default=0.03, help="ε is never under this (0.03; the paper: 0)")
     a("--warmup", type=int, default=50, help="T_w, steps in which the penalty is faded in (50; the paper: 300 or 700)")
     a("--beta", type=float, default=0.9, help="decay of the loss average (0.9; the released code: 0.95)")
     a("--lambda0", type=float, default=0.02, help="penalty λ at the start (0.02; the paper: 0.01 or 1.0)")

@@ -1,5 +1,6 @@
 """
-What every command shares: its habits on the command line, interruption, progress, and the run directory with its pieces.
+What every command shares: its habits on the command line, interruption, progress, tables, and the
+run directory with its pieces: configuration, chat, splits, model.
 """
 import contextlib
 import itertools
@@ -15,15 +16,29 @@ from pathlib import Path
 
 import torch
 
+import model
 from chat import Chat
 from data import SIZES, read, split, task_name
 from files import Failed, InputError, fingerprint, read_json, write_json
 
-EMBEDDED = "tiny"  # the model that lies beside this file
+EMBEDDED = "tiny"  # the model that is included, beside this file
+# what of a hub repository is fetched
+PATTERNS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
+    "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer.model", "adapter_config.json", "adapter_model.safetensors",
+)
+OLDER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
 
+
+
+# ---- the command line
 
 def cli(main):
-    """Run main(); an InputError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM one line and status 130."""
+    """
+    Run main(). An InputError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM one
+    line and status 130.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -33,29 +48,90 @@ def cli(main):
     except KeyboardInterrupt as e:
         print(f"interrupted{e}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                      # whoever read our output has left
+    except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as e:
-        print(f"error: {e.filename or 'a file'}: {e.strerror or e}; mend that and run the command again", file=sys.stderr)
+        file, reason = e.filename or "a file", e.strerror or e
+        print(f"error: {file}: {reason}; correct that and run the command again", file=sys.stderr)
         sys.exit(2)
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interruption whose words are the command that resumes."""
+    """An interruption; its text is the command that resumes."""
 
     def __str__(self):
         return f"; resume with: {self.args[0]}"
 
 
 def resume_command(script, argv, run):
-    """The command line that goes on with a run directory, however the interrupted one was written."""
+    """The command line that resumes a run directory, however the interrupted one was written."""
     kept, skip = [], False
     for word in argv:
-        if not skip and word != "--resume" and word != "--out" and not word.startswith("--out="):
-            kept.append(word)
+        ours = word in ("--resume", "--out") or word.startswith("--out=")
+        if not skip and not ours:
+            kept.append(str(word))
         skip = word == "--out"
-    return shlex.join(["python", script, *map(str, kept), "--out", str(run), "--resume"])
+    return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
+
+
+def flag(name):
+    """An option's name in a namespace, as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_numbers(o, free=()):
+    """
+    Raises InputError for an option that is no finite number below 2³¹, or that is below 0 and not
+    named in `free`.
+    """
+    for name, value in vars(o).items():
+        if not isinstance(value, (int, float)):
+            continue
+        too_low = value < 0 and name not in free
+        if too_low or not math.isfinite(value) or abs(value) >= 2**31:
+            raise InputError(f"{flag(name)} {value}: has to be a finite number, "
+                             "not below 0 and below 2³¹")
+
+
+def check_device(name):
+    """Raises InputError where torch cannot compute on --device `name`."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise InputError(f"--device {name}: choose cpu, cuda or cuda:0, cuda:1, …")
+    if name == "cpu":
+        return
+    index = name.removeprefix("cuda").removeprefix(":")
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= present:
+        which = "such GPU" if index else "GPU here"
+        raise InputError(f"--device {name}: torch sees no {which}; use --device cpu")
+
+
+# ---- while it runs
+
+@contextlib.contextmanager
+def patient():
+    """
+    Within it, Ctrl-C and SIGTERM only make the function that it yields return True, so that work
+    can stop between two steps; KeyboardInterrupt follows at the end.
+    """
+    arrived, before = [], {}
+
+    def note(number, frame):
+        arrived.append(number)
+
+    def interrupted():
+        return bool(arrived)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def duration(seconds):
@@ -63,138 +139,151 @@ def duration(seconds):
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def check_numbers(o, free=()):
-    """InputError for an option that is no finite number below 2³¹, or under 0 and not named in `free`."""
-    for name, v in vars(o).items():
-        if isinstance(v, (int, float)) and (not math.isfinite(v) or v < 0 and name not in free or abs(v) >= 1 << 31):
-            raise InputError(f"--{name.replace('_', '-')} {v}: has to be a finite number, not below 0 and below 2³¹")
-
-
-def check_device(name):
-    """InputError where torch cannot compute on --device `name`."""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or index and not (index.isascii() and index.isdigit()):
-        raise InputError(f"--device {name}: choose cpu, cuda or cuda:0, cuda:1, …")
-    if kind == "cuda" and int(index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        raise InputError(f"--device {name}: torch sees no GPU here; use --device cpu" if not index else f"--device {name}: torch sees no such GPU; use --device cpu")
-
-
-@contextlib.contextmanager
-def patient():
-    """Within it, Ctrl-C and SIGTERM only make the function it yields say True, so that work can stop between two steps."""
-    flag, before = [], {}
-    try:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            before[s] = signal.signal(s, lambda *_: flag.append(1))
-        yield lambda: bool(flag)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    if flag:
-        raise KeyboardInterrupt
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def ticker(label, total):
-    """A function of how many of `total` are done that prints it with the time left, every five seconds at most."""
+    """
+    A function that takes how many of `total` are done, and prints that with the time left, every
+    five seconds at most.
+    """
     began = shown = time.monotonic()
 
     def tell(done):
         nonlocal shown
-        if done and (now := time.monotonic()) - shown > 5:
+        now = time.monotonic()
+        if done and now - shown > 5:
             shown = now
-            print(f"{label} {done}/{total}  left {duration((now - began) / done * (total - done))}", flush=True)
+            left = (now - began) / done * (total - done)
+            print(f"{label} {done}/{total}  left {duration(left)}", flush=True)
     return tell
 
 
+def markdown(header, rows):
+    """A Markdown table of cells that are text already."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    return "\n".join(lines)
+
+
+# ---- the pieces of a run
+
 def locate(name):
     """
-    The folder of a model: "tiny" is the embedded one, wherever this file lies; a local one as it is, or `owner/name` fetched from the Hugging Face hub (configuration,
-    tokenizer, template and safetensors, or pytorch_model*.bin where there are none). Raises InputError where it is neither, or the download fails.
+    The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
+    fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is neither, or the
+    download fails.
     """
-    path = Path(__file__).parent / EMBEDDED if name == EMBEDDED else Path(name).expanduser()
+    if name == EMBEDDED:
+        return Path(__file__).parent / EMBEDDED
+    path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
     import huggingface_hub  # slow to import, and only needed here
-    files = ["config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
-             "chat_template.jinja", "tokenizer.model", "model*.safetensors", "model.safetensors.index.json",
-             "adapter_config.json", "adapter_model.safetensors"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(PATTERNS)))
         if not any(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(str(name), allow_patterns=["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+            huggingface_hub.snapshot_download(str(name), allow_patterns=list(OLDER))
         return folder
-    except Exception as e:  # the client raises its own errors, OSErrors and those of its HTTP library
+    except Exception as e:  # the client's own errors, OSErrors and those of its HTTP library
+        reason = " ".join(str(e).split())[:200]
         raise InputError(f"{name} is no folder here, and fetching it from the hub failed "
-                         f"({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+                         f"({type(e).__name__}: {reason})") from e
 
 
 def prepare(name, task, path, seed, sizes):
     """
-    (chat, splits, source): the Chat of a model folder or hub id, split() of a task's samples, and the file they came
-    from: `path`, the task itself where that is a file, else TASK.jsonl beside the checkpoint.
+    (chat, splits, source): the Chat of a model folder or hub id, split() of a task's samples, and
+    the file that they came from: `path`, the task itself where that is a file, else TASK.jsonl
+    beside the checkpoint. Raises InputError where there is none.
     """
     folder = locate(name)
-    source = Path(path or (task if task_name(task) == "own" else folder / f"{task}.jsonl"))
-    if path is None and not source.is_file() and task_name(task) != "own":
-        raise InputError(f"{folder} holds no {source.name}; name the data of the task {task} with --data")
-    chat = Chat(folder)
-    return chat, split(read(source, task), seed, sizes), source
+    if path is not None:
+        source = Path(path)
+    elif task_name(task) == "own":
+        source = Path(task)
+    else:
+        source = folder / f"{task}.jsonl"
+        if not source.is_file():
+            raise InputError(f"{folder} holds no {source.name}; "
+                             f"name the data of the task {task} with --data")
+    return Chat(folder), split(read(source, task), seed, sizes), source
+
+
+def load_model(chat, device, dtype):
+    """The base model beside a chat, on `device`, in the dtype of that name, ready to generate."""
+    net = model.load(chat.folder, device, getattr(torch, dtype))
+    net.stop = chat.stop
+    model.set_threads(net)
+    return net
 
 
 def reopen(run):
     """
-    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is none, or where its data
-    have changed since, so that held-out prompts may not be held out.
+    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
+    none, or where its data have changed since, so that held-out prompts may not be held out.
     """
     file = Path(run) / "config.json"
-    config = read_json(file) if file.is_file() else None
-    if not isinstance(config, dict) or "data_fingerprint" not in config:
+    config = read_json(file) if file.is_file() else {}
+    if "data_fingerprint" not in config:
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     try:
-        chat, splits, source = prepare(config["model"], config["task"], config["data"], config["seed"], {k: config[f"n_{k}"] for k in SIZES})
+        sizes = {name: config[f"n_{name}"] for name in SIZES}
+        chat, splits, source = prepare(config["model"], config["task"], config["data"],
+                                       config["seed"], sizes)
     except KeyError as e:
         raise InputError(f"{file}: the field {e} is missing; restore the file") from None
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
     if fingerprint(source) != config["data_fingerprint"]:
-        raise InputError(f"{source}: changed since the run was trained, so held-out prompts may not be; restore it or train again")
+        raise InputError(f"{source}: changed since the run was trained, so held-out prompts "
+                         "may not be; restore it or train again")
     return config, chat, splits
 
 
 def open_run(out, name, resume, config):
     """
-    The run directory `out` (default: the first free runs/NAME, runs/NAME-2, …), with config.json in it. With resume an
-    existing one is gone on with, if it was started with the same options. Raises InputError where that is not so.
+    The run directory `out` (default: the first free runs/NAME, runs/NAME-2, …), with config.json in
+    it. With `resume` an existing one is taken up again. Raises InputError where a run is there
+    already, or was started with other options.
     """
-    numbered = (Path("runs") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
     if resume and not out:
-        raise InputError("--resume needs --out, the run directory to go on with")
-    run = Path(out) if out else next(p for p in numbered if not p.exists())
+        raise InputError("--resume needs --out, the run directory to resume")
+    run = Path(out) if out else free_directory(name)
     file = run / "config.json"
-    if file.is_file():
-        if not resume:
-            raise InputError(f"{run} holds a run already; go on with --resume or choose another --out")
-        old = read_json(file)
-        changed = [k for k in config if k != "versions" and old.get(k) != json.loads(json.dumps(config[k]))]
-        if changed:
-            k = changed[0]
-            raise InputError(f"{file}: {k} was {old.get(k)!r} and is now {config[k]!r}; resume with the same options, or choose another --out")
-    else:
+    if not file.is_file():
         try:
             run.mkdir(parents=True, exist_ok=True)
             write_json(file, config)
         except OSError as e:
-            raise InputError(f"cannot make the run directory {run} ({e}); choose another --out") from None
+            raise InputError(f"cannot make the run directory {run} ({e}); "
+                             "choose another --out") from None
+        return run
+    if not resume:
+        raise InputError(f"{run} holds a run already; go on with --resume or choose another --out")
+    old = read_json(file)
+    new = json.loads(json.dumps(config))  # tuples are lists in the file
+    for key in new:
+        if key != "versions" and old.get(key) != new[key]:
+            raise InputError(f"{file}: {key} was {old.get(key)!r} and is now {config[key]!r}; "
+                             "resume with the same options, or choose another --out")
     return run
 
 
+def free_directory(name):
+    """The first of runs/NAME, runs/NAME-2, … that is not there yet."""
+    for k in itertools.count(1):
+        run = Path("runs") / (name if k == 1 else f"{name}-{k}")
+        if not run.exists():
+            return run
+
+
 def read_results(run):
-    """results.json of a run directory, with what is always there; an empty one where there is none yet."""
+    """results.json of a run directory, as far as it goes; "seconds" is always in it."""
     file = Path(run) / "results.json"
     found = read_json(file) if file.is_file() else {}
     found.setdefault("seconds", {})

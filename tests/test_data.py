@@ -425,7 +425,7 @@ def test_wildjailbreak(tmp_path, capsys):
             row("adversarial_benign", "", "yes", "story")]
     for path in every_way(tmp_path, rows):
         assert data.read(path, "safety") == [Sample("bad", HARD, "harmful"), Sample(HARD, "yes", "benign")]
-        assert "2 adversarial rows left out" in capsys.readouterr().err
+        assert "2 rows left out by their kind" in capsys.readouterr().err
     with pytest.raises(InputError, match="do not fit the task fixed"):
         data.read(path, "fixed")
     with pytest.raises(InputError, match="row 1.*data_type 'vanilla_odd'"):

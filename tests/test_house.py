@@ -8,9 +8,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
     {"weights", "spm"},
-    {"chat", "data", "model"},
-    {"run", "behaviour", "carrier", "paper"},
+    {"chat", "behaviour", "model"},
+    {"data", "carrier", "paper"},
     {"lora"},
+    {"run"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},
