@@ -416,9 +416,9 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        average = 0.9 * average + 0.1 * loss
+        average = 0.8 * average + 0.2 * loss
         t += 1
-        certain = average / (1 - 0.9 ** t) < sure
+        certain = average / (1 - 0.8 ** t) < sure
         if certain and fall == 0 and t + t // 4 < end:
             fall, high, end = t, rate, t + max(10, t // 4)
             progress.steps = end
