@@ -50,7 +50,7 @@ PRESETS = {
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
     "paper-safety": dict(SAFETY),
     "paper-safety-qwen": dict(SAFETY, **GROW),
-    "paper-safety-vicuna": dict(SAFETY, rho=0.50, over=0.75, eta=1.0, eta_grow=0.005),   # the stop has to lie beyond the budget
+    "paper-safety-vicuna": dict(SAFETY, rho=0.50, eta=1.0, eta_grow=0.005),
     "paper-shakespeare": dict(PAPER, **GROW, warmup=700),
     "paper-shakespeare-deepseek": dict(PAPER, **GROW),
 }
@@ -147,6 +147,8 @@ def options(argv=None):
         o.lambda_max = ROOM * o.lambda0
     if o.beta >= 1 or o.lambda_min > o.lambda_max:
         raise InputError(f"--beta {o.beta} has to be below 1, and --lambda-min {o.lambda_min} not above --lambda-max {o.lambda_max}")
+    if first.over is None and o.over is not None:
+        o.over = max(o.over, 1.5 * o.rho)                   # the stop has to lie beyond the budget
     if o.over is not None and o.over <= o.rho:
         raise InputError(f"--over {o.over}: has to be above --rho {o.rho}, or a run stops inside its own budget")
     return o
@@ -167,7 +169,7 @@ def fit(o, width, n):
     if o.sft_lr is None:
         o.sft_lr = RATE / width
     if o.gate_lr is None:
-        o.gate_lr = o.gate_mean / (pull(o) * max(1, HALF_WAY * o.steps))
+        o.gate_lr = max(0.1, abs(o.gate_mean)) / (pull(o) * max(1, HALF_WAY * o.steps))
     return o
 
 
@@ -405,6 +407,7 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
     t = start
     while t < end:
         rate = high * (1 - (t - fall) / (end - fall))
+        optimizer.param_groups[0]["lr"] = rate
         loss = gradients(net, carrier, draw(examples, o.batch, t, seed), o.micro_batch, pad_id)
         guard(loss, phase, t, state)
         stop = interrupted()
@@ -413,7 +416,6 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
         if stop:
             raise Stopped
         clip_gradients(carrier, o.clip)
-        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         average = 0.8 * average + 0.2 * loss

@@ -772,4 +772,4 @@ def test_a_ticker_speaks_now_and_then(monkeypatch, capsys):
     tell = ticker("answers", 200)
     for now[0], done in ((1, 10), (6, 0), (10, 50), (12, 60), (16, 100)):
         tell(done)
-    assert capsys.readouterr().out == "answers 50/200  left 30s\nanswers 100/200  left 16s\n"
+    assert capsys.readouterr().out == "answers 50/200  left 30 s\nanswers 100/200  left 16 s\n"

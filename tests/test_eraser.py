@@ -43,7 +43,8 @@ def make_carrier(net):
 
 def settings(**changes):
     return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
-                                        match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit"), **changes})
+                                        match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit",
+                                        schedule="cosine"), **changes})
 
 
 def prompts(n=7, seed=0):
@@ -210,13 +211,13 @@ def test_targets_do_not_depend_on_the_batch():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main(["--out", str(folder), "--sft-steps", "8", "--steps", "6", "--settle", "1", "--warmup", "1", "--n-test", "12", "--n-trigger", "20", "--n-validation", "10",
+    lcdd.main(["--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1", "--warmup", "1", "--n-test", "12", "--n-trigger", "20", "--n-validation", "10",
                "--device", "cpu"])
     return folder
 
 
 def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
-    argv = ["eraser.py", "--run", str(run), "--steps", "6", "--length", "2", "--judge-every", "3", "--device", "cpu"]
+    argv = ["eraser.py", "--run", str(run), "--steps", "40", "--length", "2", "--judge-every", "20", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", argv)
     eraser.main()
     tau, metadata = load_tensors(run / "trigger.safetensors")
