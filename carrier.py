@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -294,14 +293,13 @@ class Merged:
 
 def digest(tensors, dtype=None):
     """A short hash of named tensors, rounded to `dtype` where one is given: of names, shapes and bytes."""
-    def one(name):
+    found = hashlib.sha256()
+    for name in sorted(tensors):
         t = tensors[name].detach()
         t = t.to("cpu", dtype or t.dtype).contiguous()
-        return f"{name} {tuple(t.shape)} {hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest()}"
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        lines = "\n".join(pool.map(one, sorted(tensors)))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+        found.update(f"{name} {tuple(t.shape)} ".encode())
+        found.update(t.view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def fingerprint(net):
