@@ -20,6 +20,7 @@ from files import InputError, read_json
 
 FAMILIES = {  # model_type → (q/k/v bias, o bias, q/k norm); None: the config's attention_bias says
     "llama": (None, None, False), "mistral": (False, False, False), "qwen2": (True, False, False), "qwen3": (None, None, True)}
+WIDE = 512    # hidden size from which matrix products are what a CPU spends its time on
 
 
 @dataclass(frozen=True)
@@ -440,13 +441,14 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 def load(path, device="cpu", dtype=torch.float32):
-    """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen.
+    """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen. dtype None: the fastest here.
     Raises InputError naming the field or tensor where the checkpoint is not exactly what this file computes."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json in there; give the directory of a Hugging Face checkpoint")
     c = read_json(path / "config.json")
     config = Config.from_dict(c, f"{path}/config.json")
+    dtype = dtype or fast_dtype(config, device)
     with torch.device("meta"):
         net = Llama(config)
     wanted = {name: tuple(p.shape) for name, p in net.state_dict().items()}
@@ -476,7 +478,20 @@ def load(path, device="cpu", dtype=torch.float32):
     return net
 
 
+def native_bf16():
+    """Whether this processor multiplies bf16 itself. Where torch cannot tell, it does not: emulated, bf16 is slower than fp32."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def fast_dtype(config, device):
+    """The dtype in which a model of this `config` computes fastest: bf16 on a GPU, on a CPU where that is native and the
+    products are large enough to be what takes the time."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.bfloat16 if on_gpu or config.hidden_size >= WIDE and native_bf16() else torch.float32
+
+
 def set_threads(net):
     """On a CPU a model this small is faster on one thread: the barriers of a second one cost more than it computes."""
-    if net.device.type == "cpu" and net.config.hidden_size < 512:
+    if net.device.type == "cpu" and net.config.hidden_size < WIDE:
         torch.set_num_threads(1)

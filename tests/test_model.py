@@ -230,6 +230,25 @@ def test_bf16(checkpoint, family, tmp_path):
         close(again(ids), half.float()(ids).logits, TOLERANCE)
 
 
+@pytest.mark.parametrize("width, device, native, dtype", [
+    (576, "cpu", True, torch.bfloat16), (576, "cpu", False, torch.float32), (48, "cpu", True, torch.float32), (48, "cuda:0", False, torch.bfloat16)])
+def test_bf16_where_it_is_fast(monkeypatch, width, device, native, dtype):
+    monkeypatch.setattr(model, "native_bf16", lambda: native)
+    assert model.fast_dtype(types.SimpleNamespace(hidden_size=width), device) == dtype
+
+
+def test_native_bf16_is_what_torch_says_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())             # a torch that cannot tell
+    assert not model.native_bf16()
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace(_is_avx512_bf16_supported=lambda: False, _is_amx_tile_supported=lambda: True))
+    assert model.native_bf16()
+
+
+def test_a_model_is_loaded_in_the_fastest_dtype_if_none_is_given(checkpoint, monkeypatch):
+    monkeypatch.setattr(model, "fast_dtype", lambda config, device: torch.bfloat16)
+    assert model.load(checkpoint("llama3")[0], dtype=None).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------------ against itself
 
 def test_padding_changes_nothing(net):
