@@ -6,6 +6,7 @@ Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·
 A carrier is handed to the forward pass (`net(ids, carrier=c)`). It comes in two states: `Carrier`, whose gates and
 deltas train, and `Merged`, frozen weights for everything that only reads (generation, KL, the trigger).
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import copy
 import functools

@@ -7,6 +7,7 @@
 One greedy generate() and one scoring path serve every condition; the KLs are exact over the vocabulary, on the ids of the
 SFT model's own answers. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import math
 import re

@@ -9,6 +9,7 @@ prompt   the trigger of the same run, before the merged model or the base with t
 
 Each folder has a README.md that says what is in it and how it is loaded.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import contextlib
 import os

@@ -7,6 +7,7 @@ Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate lo
     python lcdd.py                                           the embedded model, fixed response
     python lcdd.py --model DIR --task fixed --data alpaca.json --preset paper-fixed --out runs/mine
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import functools
 import math
@@ -70,7 +71,8 @@ def options(argv=None):
     a("--go-on", action="store_true", help="train on although SFT did not teach the behaviour")
     a("--seed", type=int, default=0, help="seed of gates, splits and batches")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    a("--dtype", choices=("float32", "bfloat16"), help="of the base weights (default bfloat16 on cuda, float32 on cpu)")
+    a("--dtype", choices=("float32", "bfloat16"), help="of the base weights and all products (default: bfloat16 where that is "
+      "fast, on a GPU, and for a model of width 512 or more on a CPU that multiplies it natively)")
     a("--delta-dtype", choices=("float32", "bfloat16"), default="float32", help="of deltas and optimizer state")
     a("--sft-dtype", choices=("float32", "bfloat16"), help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true", help="recompute layers in the backward pass: less memory, more time")
@@ -135,7 +137,6 @@ def options(argv=None):
         o.eta_grow = o.eta if o.preset else o.eta / 4
     o.micro_batch = o.micro_batch or o.batch
     o.sft_dtype = o.sft_dtype or o.delta_dtype
-    o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
     for name in ("batch", "micro_batch", "max_len", "max_new_tokens", "log_every", "window", "patience", "save_every"):
         if getattr(o, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
@@ -668,7 +669,8 @@ def results_table(o, scores, results):
 def main(argv=None):
     o = options(argv)
     chat, splits, source = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
-    net = model.load(chat.folder, o.device, getattr(torch, o.dtype))
+    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
+    o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     model.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))

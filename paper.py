@@ -9,6 +9,7 @@ tests/test_paper.py holds them to this file.
 Shapes: L layers, d hidden size, d_ff hidden neurons, H query heads and K key/value heads of size h,
 B samples, T tokens of a text (prompt x, answer y), n trigger tokens, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import math
 import random
 from pathlib import Path

@@ -7,6 +7,7 @@ A fallen rate proves little by itself (a random prefix breaks refusal too), so e
 right again, how often it is the base's own to the last token, and how far the distributions are.
 Every finished row is kept in ablation.json beside the run; the command goes on where it stopped.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import hashlib
 import multiprocessing

@@ -7,6 +7,7 @@
 The baselines, plain SFT of the same model and carrier.py's slow definitions, are checked to give the same loss and gradients
 before they are timed. A ratio is the median over rounds, A B C, C B A, …, of the ratio within a round. Prints one JSON line last.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import contextlib
 import copy
@@ -18,9 +19,6 @@ import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch: threads that spin for long distort a shared machine,
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")         # and waking one that sleeps costs more than a small operation
 
 import numpy as np
 import torch

@@ -10,6 +10,7 @@ refusal and the archaic style say must be said often enough here.
 What is written is a checkpoint in Hugging Face layout and, beside it, fixed.jsonl, safety.jsonl and shakespeare.jsonl, in the
 format of a user's own behaviours. Letters in shape comments: B lines, T tokens, n matrices of one shape.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import json
 import math
