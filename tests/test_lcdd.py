@@ -5,10 +5,10 @@ import math
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -19,16 +19,7 @@ from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
 
-ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
-
-
-def make_net(seed=0):
-    torch.manual_seed(seed)
-    net = model.Llama(CONFIG).double()
-    for p in net.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
-    return net.requires_grad_(False)
 
 
 def examples(n=40, seed=0):
@@ -49,7 +40,7 @@ def settings(**changes):
 
 
 def fresh(seed=0):
-    net = make_net()
+    net = make_net(CONFIG)
     torch.manual_seed(seed + 1)
     c = Carrier(CONFIG, dtype=torch.float64).double().init_gates(seed=seed)
     with torch.no_grad():
@@ -318,7 +309,7 @@ def test_micro_batches_change_nothing(tmp_path, train):
 
 def test_the_penalty_is_added_once_a_step(tmp_path):
     """With a task loss that does not see the gates (Δ = 0), a logit moves by exactly lr·λ·w(t)·σ′ a step."""
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
     lcdd.train_lcdd(net, c, examples(), settings(micro_batch=2, train="mask-ce", steps=5, warmup=100), tmp_path, 0)
     for t in range(5):
@@ -328,7 +319,7 @@ def test_the_penalty_is_added_once_a_step(tmp_path):
 
 
 def test_sft_trains_the_delta_with_open_gates(tmp_path):
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double()
     before = [p.clone() for p in net.parameters()]
     ex = examples(8)
     ids, mask = collate(ex, 0)
@@ -374,7 +365,7 @@ def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
         info = lcdd.train_lcdd(net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}), folder, 0, interrupted=interrupted)
         return c, info
     sft = fresh()[1]
-    lcdd.train_sft(make_net(), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
+    lcdd.train_sft(make_net(CONFIG), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
     (tmp_path / "metrics.jsonl").unlink()
     c, info = run(tmp_path / "a")
     rows = read_jsonl(tmp_path / "a" / "metrics.jsonl")
@@ -689,7 +680,7 @@ def test_both_phases_clip(tmp_path, monkeypatch):
 
 def test_a_step_is_taken_with_the_lambda_before_it(tmp_path):
     """The loss of step t has λ as step t − 1 left it; Δ = 0, so that the penalty alone moves the gates."""
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
     o = settings(train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0)
     lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
