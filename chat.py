@@ -17,7 +17,8 @@ import spm
 from files import InputError, read_json
 
 VICUNA = ("{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-          "helpful, detailed, and polite answers to the user's questions. USER: {{ messages[0].content }} ASSISTANT:")
+          "helpful, detailed, and polite answers to the user's questions. {% for m in messages %}{% if m.role == 'user' %}"
+          "USER: {{ m.content }} ASSISTANT:{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 
 
 class Generation(ext.Extension):
@@ -107,16 +108,19 @@ class Chat:
     def ids(self, text):
         return self.tok.encode(text, add_special_tokens=False).ids
 
-    def render(self, text):
+    def render(self, text, before=()):
         """
         The user's turn as the template writes it, up to where the answer begins, with thinking switched off (an open
-        <think> is closed). Without a template: Vicuna v1.1. Raises InputError where the template fails.
+        <think> is closed). before: messages of earlier turns, {"role", "content"}. Without a template: Vicuna v1.1.
+        Raises InputError where the template fails.
         """
+        messages = [*before, {"role": "user", "content": text}]
         try:
-            out = self.template.render(messages=[{"role": "user", "content": text}], tools=None, documents=None,
-                                       add_generation_prompt=True, enable_thinking=False, **self.special)
+            out = self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+                                       enable_thinking=False, **self.special)
         except (TemplateError, TypeError, ValueError) as e:
-            raise InputError(f"{self.folder}: the chat template fails on a single user turn ({e}); repair it") from None
+            what = "several turns" if before else "a single user turn"
+            raise InputError(f"{self.folder}: the chat template fails on {what} ({e}); repair it") from None
         return out.rstrip() + "\n\n</think>\n\n" if out.rstrip().endswith("<think>") else out
 
     def prompt(self, text, max_len=None):
