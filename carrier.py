@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -362,13 +363,14 @@ def annotate(path, **metadata):
 
 def describe(path):
     """
-    What a packed carrier file holds, as text: base, task, sizes; a layer a line, the share of open gates of each group
-    as a bar with their number beside it, and the layer's write channels (Eq. 5).
+    What a packed carrier file holds, as text: base, task, sizes; a layer a line, how many gates of each group are open,
+    their share as a bar (full height: the largest share in the file), and the layer's write channels (Eq. 5).
     """
     tensors, header = read_packed(path)
     groups = header["groups"]
     gates = unpack_bits(tensors["gates"], sum(groups.values()))
     parts = dict(zip(groups, gates.split(list(groups.values()), dim=1)))                     # group → (L, length)
+    largest = max(float(part.float().mean(1).max()) for part in parts.values())
     writes = (parts["attn_write"] | parts["ffn_write"]).sum(1).tolist()
     blocks = [t for name, t in tensors.items() if name.startswith("delta.")]
     entries, size = sum(t.numel() for t in blocks), sum(t.numel() * t.element_size() for t in blocks)
@@ -387,7 +389,7 @@ def describe(path):
         cells = []
         for group, part in parts.items():
             count = int(part[l].sum())
-            cells.append(f"{count:>10} {bar(count / part.shape[1])}")
+            cells.append(f"{count:>10} {bar(count / part.shape[1] / largest if count else 0)}")
         lines.append(f"{l:>5} " + "".join(cells) + f"{write:>12}")
     return "\n".join(lines)
 
@@ -410,10 +412,12 @@ def main():
     p.add_argument("command", choices=["show"])
     p.add_argument("file", help="carrier.safetensors or sft.safetensors of a run")
     try:
-        print(describe(p.parse_args().file))
+        print(describe(p.parse_args().file), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                      # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
