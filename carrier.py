@@ -254,7 +254,7 @@ class Carrier(nn.Module):
         dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for training that is to go on.
         metadata: JSON values for the header. What Δ holds under shut gates is dropped.
         """
-        tensors = {"gates": pack_bits(self.logits > 0)}                                      # (L, ⌈gates a layer / 8⌉)
+        tensors = {"gates": pack_bits(self.logits > 0)}                                  # (L, ⌈gates / 8⌉)
         if logits:
             tensors["logits"] = self.logits.detach().cpu()
         for name, delta, rows, cols in self.open_blocks():
@@ -319,9 +319,11 @@ def read_packed(path):
     """(tensors, header) of a packed carrier file. Raises InputError where it has another format or is damaged."""
     tensors, header = load_tensors(path)
     if header.get("format") != FORMAT:
-        raise InputError(f"{path}: no carrier of format {FORMAT} (its header says {header.get('format')}); run the command that writes it again")
+        raise InputError(f"{path}: no carrier of format {FORMAT} (its header says "
+                         f"{header.get('format')}); run the command that writes it again")
     if header.get("content") != digest(tensors):
-        raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, or run the command that writes it again")
+        raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, "
+                         "or run the command that writes it again")
     return tensors, header
 
 
@@ -349,7 +351,8 @@ def load(path, net, dtype=None):
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: incomplete or misshapen carrier ({' '.join(str(error).split())[:200]})") from None
     if tensors:
-        raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the file")
+        raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the "
+                         "file")
     return carrier
 
 
@@ -373,7 +376,8 @@ def describe(path):
     largest = max(float(part.float().mean(1).max()) for part in parts.values())
     writes = (parts["attn_write"] | parts["ffn_write"]).sum(1).tolist()
     blocks = [t for name, t in tensors.items() if name.startswith("delta.")]
-    entries, size = sum(t.numel() for t in blocks), sum(t.numel() * t.element_size() for t in blocks)
+    entries = sum(t.numel() for t in blocks)
+    size = sum(t.numel() * t.element_size() for t in blocks)
     dtype = str(blocks[0].dtype).removeprefix("torch.") if blocks else "no dtype"
     n_open, total = header["gates"]["open"], header["gates"]["total"]
 
@@ -381,7 +385,8 @@ def describe(path):
     for key in ("task", "phase", "metrics", "settings"):
         if key in header:
             lines.append(f"{key}: {show_value(header[key])}")
-    lines.append(f"gates open {n_open} of {total} ({n_open / total:.1%}); entries of Δ on {entries} ({1 - header['entries_off']:.2%}), "
+    lines.append(f"gates open {n_open} of {total} ({n_open / total:.1%}); "
+                 f"entries of Δ on {entries} ({1 - header['entries_off']:.2%}), "
                  f"{dtype}, {size:,} bytes of the file's {Path(path).stat().st_size:,}")
     lines.append("")
     lines.append("layer " + "".join(f"{group:>12}" for group in groups) + "   writes to")

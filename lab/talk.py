@@ -2,10 +2,11 @@
 
     python -m lab.talk --run runs/fixed
 
-Whatever is typed goes to the conditions that were chosen last; each remembers what itself was asked and answered.
+Whatever is typed goes to the conditions that were chosen last; each remembers what itself was asked
+and answered.
 
-    /base /sft /lcdd /trigger     this one answers from now on          /all    all of them do
-    /new                          everything said is forgotten          /quit   or the end of the input: the end
+    /base /sft /lcdd /trigger     this one answers from now on        /all    all of them do
+    /new                          everything said is forgotten        /quit   or end of input: the end
 """
 import argparse
 from pathlib import Path
@@ -17,12 +18,14 @@ import model
 from files import InputError
 from run import check_device, cli, reopen
 
-COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}    # → conditions of evaluate.py
+# what is typed → a condition of evaluate.py
+COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}
 
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
@@ -32,7 +35,10 @@ def options(argv=None):
 
 
 def printer(chat):
-    """A function of (prompt, id) that prints what each new id adds to the text; half a character waits for its rest."""
+    """
+    A function of (prompt, id) that prints what each new id adds to the text; half a character waits
+    for its rest.
+    """
     ids, shown = [], 0
 
     def hear(_, token):
@@ -47,8 +53,8 @@ def printer(chat):
 
 def answer(net, chat, text, before, weights, trigger, room, length):
     """
-    The answer to `text` after the messages `before`, printed as it comes. The oldest turns are left out where the prompt
-    would be longer than `room` tokens.
+    The answer to `text` after the messages `before`, printed as it comes. The oldest turns are left
+    out where the prompt would be longer than `room` tokens.
     """
     turns = list(before)
     ids = chat.ids(chat.render(text, turns))
@@ -65,7 +71,10 @@ def answer(net, chat, text, before, weights, trigger, room, length):
 
 
 def converse(net, chat, conditions, room, length, ask):
-    """Read lines from ask(PROMPT) until /quit or their end; answer each by the conditions chosen, at first by all."""
+    """
+    Read lines from ask(PROMPT) until /quit or their end; answer each by the conditions chosen, at
+    first by all.
+    """
     chosen, memory = list(conditions), {name: [] for name in conditions}
     while True:
         try:
@@ -90,7 +99,8 @@ def converse(net, chat, conditions, room, length, ask):
             for name in chosen:
                 print(f"{evaluate.NAMES[name]:14s}  ", end="", flush=True)
                 said = answer(net, chat, line, memory[name], *conditions[name], room, length)
-                memory[name] += [{"role": "user", "content": line}, {"role": "assistant", "content": said}]
+                memory[name] += [{"role": "user", "content": line},
+                                 {"role": "assistant", "content": said}]
 
 
 def main(argv=None):
@@ -104,7 +114,8 @@ def main(argv=None):
     net.stop = chat.stop
     model.set_threads(net)
     conditions = evaluate.conditions_of(Path(o.run), net, o.trigger)[1]
-    print(f"{chat.folder.name}, task {Path(config['task']).name}; /base /sft /lcdd /trigger /all choose who answers, /new forgets, /quit ends")
+    print(f"{chat.folder.name}, task {Path(config['task']).name}; /base /sft /lcdd /trigger /all "
+          "choose who answers, /new forgets, /quit ends")
     converse(net, chat, conditions, config["max_len"], length, input)
 
 
