@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +238,10 @@ class Carrier(nn.Module):
         return other
 
     def open_blocks(self):
-        """(name of the tensor, Δ, its open rows, its open columns) of every projection in which any entry is on."""
+        """
+        (name of the tensor, Δ, its open rows, its open columns) of every projection in which any
+        entry is on.
+        """
         for l, layer in enumerate(self.split(self.logits > 0)):
             for name, delta in self.delta[l].items():
                 rows, cols = (gate.nonzero().squeeze(1) for gate in self.vectors(layer, name))
@@ -249,10 +251,12 @@ class Carrier(nn.Module):
     @torch.no_grad()
     def save(self, path, net, dtype=None, logits=False, **metadata):
         """
-        Write the packed file, whole or not at all: Δ where both gates are open, and the gates at one bit each.
+        Write the packed file, whole or not at all: Δ where both gates are open, and the gates at
+        one bit each.
 
-        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for training that is to go on.
-        metadata: JSON values for the header. What Δ holds under shut gates is dropped.
+        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for
+        training that is to go on. metadata: JSON values for the header. What Δ holds under shut
+        gates is dropped.
         """
         tensors = {"gates": pack_bits(self.logits > 0)}                                  # (L, ⌈gates / 8⌉)
         if logits:
@@ -281,24 +285,26 @@ class Merged:
         return lambda l, name, x: F.linear(x, self.weights[l][name], net.projections[l][name].bias)
 
 
-# ------------------------------------------------------------------------------------------------------ the carrier's file
+# ------------------------------------------------------------------------------- the carrier's file
 
 def digest(tensors, dtype=None):
-    """A short hash of named tensors, rounded to `dtype` where one is given: of names, shapes and bytes."""
-    def one(name):
+    """
+    A short hash of named tensors' names, shapes and bytes, after rounding to `dtype` if given.
+    """
+    h = hashlib.sha256()
+    for name in sorted(tensors):
         t = tensors[name].detach()
         t = t.to("cpu", dtype or t.dtype).contiguous()
-        return f"{name} {tuple(t.shape)} {hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest()}"
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        lines = "\n".join(pool.map(one, sorted(tensors)))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        h.update(t.view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
 
 
 def fingerprint(net):
     """
-    A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that one checkpoint has
-    one fingerprint in every precision. Computed once a net: the base's weights are never changed.
+    A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that
+    one checkpoint has one fingerprint in every precision. Computed once a net: the base's weights
+    are never changed.
     """
     if not hasattr(net, "fingerprint"):
         net.fingerprint = digest(net.state_dict(), torch.bfloat16)
@@ -306,7 +312,9 @@ def fingerprint(net):
 
 
 def pack_bits(gates):
-    """(L, gates a layer) bool → (L, ⌈gates a layer / 8⌉) uint8, the first gate in the highest bit."""
+    """
+    (L, gates a layer) bool → (L, ⌈gates a layer / 8⌉) uint8, the first gate in the highest bit.
+    """
     return torch.from_numpy(np.packbits(gates.cpu().numpy(), axis=1))
 
 
@@ -316,7 +324,10 @@ def unpack_bits(packed, count):
 
 
 def read_packed(path):
-    """(tensors, header) of a packed carrier file. Raises InputError where it has another format or is damaged."""
+    """
+    (tensors, header) of a packed carrier file. Raises InputError where it has another format or is
+    damaged.
+    """
     tensors, header = load_tensors(path)
     if header.get("format") != FORMAT:
         raise InputError(f"{path}: no carrier of format {FORMAT} (its header says "
@@ -329,14 +340,16 @@ def read_packed(path):
 
 def load(path, net, dtype=None):
     """
-    The carrier in `path`, on the base `net`; Δ in `dtype` (None: as in the file). Logits are +1 and −1 where the file
-    has gates only. Raises InputError if it was made on another base, has another format, is damaged or incomplete.
+    The carrier in `path`, on the base `net`; Δ in `dtype` (None: as in the file). Logits are +1 and
+    −1 where the file has gates only. Raises InputError if it was made on another base, has another
+    format, is damaged or incomplete.
     """
     tensors, header = read_packed(path)
     if header.get("base") != fingerprint(net):
-        raise InputError(f"{path}: this carrier was made on another base model; load the one named in its config.json")
-    stored = next((t.dtype for name, t in tensors.items() if name.startswith("delta.")), torch.float32)
-    carrier = Carrier(net.config, dtype or stored, net.device)
+        raise InputError(f"{path}: this carrier was made on another base model; load the one named in "
+                         "its config.json")
+    stored = [t.dtype for name, t in tensors.items() if name.startswith("delta.")]
+    carrier = Carrier(net.config, dtype or (stored or [torch.float32])[0], net.device)
     try:
         gates = unpack_bits(tensors.pop("gates"), carrier.logits.shape[1])
         logits = tensors.pop("logits", gates.float() * 2 - 1)
@@ -349,7 +362,8 @@ def load(path, net, dtype=None):
                 else:
                     delta[rows[:, None], cols] = block.view(len(rows), len(cols))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: incomplete or misshapen carrier ({' '.join(str(error).split())[:200]})") from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: incomplete or misshapen carrier ({said})") from None
     if tensors:
         raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the "
                          "file")
@@ -362,12 +376,13 @@ def annotate(path, **metadata):
     save_tensors(path, tensors, **(header | metadata))
 
 
-# ------------------------------------------------------------------------------------------------------- a look at a file
+# --------------------------------------------------------------------------------- a look at a file
 
 def describe(path):
     """
-    What a packed carrier file holds, as text: base, task, sizes; a layer a line, how many gates of each group are open,
-    their share as a bar (full height: the largest share in the file), and the layer's write channels (Eq. 5).
+    What a packed carrier file holds, as text: base, task, sizes; a layer a line, how many gates of
+    each group are open, their share as a bar (full height: the largest share in the file), and the
+    layer's write channels (Eq. 5).
     """
     tensors, header = read_packed(path)
     groups = header["groups"]
