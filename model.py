@@ -407,11 +407,13 @@ class Llama(nn.Module):
         return self.projections[l][name](x)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=128, carrier=None, trigger=None, scale=None, stop=None, batch_size=128, progress=None):
+    def generate(self, prompts, max_new_tokens=128, carrier=None, trigger=None, scale=None, stop=None, batch_size=128, progress=None,
+                 heard=None):
         """Greedy answers to `prompts` (lists of ids, any lengths): new ids only, the stop token included.
 
         Rows are decoded in batches of similar length; finished rows leave the batch. scale: one factor a prompt.
         stop: ids that end an answer, by default the checkpoint's own. progress: called each token with the number finished.
+        heard: called with (which prompt, id) as soon as there is a new id.
         """
         stop = self.stop if stop is None else stop
         if carrier is not None and scale is None:
@@ -438,6 +440,8 @@ class Llama(nn.Module):
                     answer = answers[rows[b]]
                     if not (answer and answer[-1] in stop):
                         answer.append(t)
+                        if heard:
+                            heard(rows[b], t)
                 going = [k for k, b in enumerate(alive) if answers[rows[b]][-1] not in stop]
                 if progress:
                     progress(start + len(rows) - len(going))
