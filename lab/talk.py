@@ -8,6 +8,7 @@ and answered.
     /base /sft /lcdd /trigger     this one answers from now on        /all    all of them do
     /new                          everything said is forgotten        /quit   or end of input: the end
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 from pathlib import Path
 

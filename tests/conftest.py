@@ -16,6 +16,6 @@ def run(tmp_path_factory):
     """A finished run directory of a few steps on the embedded model."""
     folder = tmp_path_factory.mktemp("runs") / "r"
     lcdd.main([
-        "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1", "--warmup", "1",
+        "--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1", "--warmup", "1",
         "--n-test", "12", "--n-trigger", "20", "--n-validation", "10", "--device", "cpu"])
     return folder

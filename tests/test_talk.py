@@ -12,7 +12,6 @@ from chat import VICUNA, Chat, compile_template
 from files import InputError
 from lab import talk
 from run import reopen
-from test_eraser import run  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
