@@ -29,7 +29,7 @@ import behaviour
 import data
 import model
 from chat import Chat, collate
-from files import InputError, read_json, write_json
+from files import InputError, read_json, usual_mode, write_json
 from run import cli
 
 # ---- the world's words: everything is one token, invented where a real word would carry a real fact
@@ -396,8 +396,8 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
         score = accuracy(net, chat, held)
         for task, rows in behaviours(seen, held, seed, lambda prompts: greedy(net, chat, prompts)).items():
             (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        folder.chmod(0o755)                                                # made for us alone, as was the weights' file
-        (folder / "model.safetensors").chmod(0o644)
+        usual_mode(folder)                                                 # made for us alone, as was the weights' file
+        usual_mode(folder / "model.safetensors")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)

@@ -3,6 +3,7 @@ them, splits, cutting, and the tables of what counts as showing a behaviour. No 
 """
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -772,4 +773,72 @@ def test_a_ticker_speaks_now_and_then(monkeypatch, capsys):
     tell = ticker("answers", 200)
     for now[0], done in ((1, 10), (6, 0), (10, 50), (12, 60), (16, 100)):
         tell(done)
-    assert capsys.readouterr().out == "answers 50/200  left 30s\nanswers 100/200  left 16s\n"
+    assert capsys.readouterr().out == "answers 50/200  left 30 s\nanswers 100/200  left 16 s\n"
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        assert os.umask(umask) == umask                         # looked at, and left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+def parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_files(tmp_path):
+    rows = [dict(instruction="Add.", input="1 and 2", output="3"), dict(instruction="Say hi.", input=None, output=HARD)]
+    path = parquet(tmp_path / "rows.parquet", rows)
+    assert data.read(path, "own") == [Sample("Add.\n\n1 and 2", "3", data.WITH_INPUT), Sample("Say hi.", HARD)]
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="cannot read .*rows.parquet as a Parquet file"):
+        data.read(path, "own")
+
+
+def test_parquet_files_need_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="rows.parquet is a Parquet file, which pyarrow reads: pip install pyarrow"):
+        data.read(tmp_path / "rows.parquet", "own")
+
+
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """owner/name is the one file of the training split; a local file, there or not, is never asked for."""
+    asked = []
+
+    def download(name, patterns, repo_type):
+        asked.append((name, *patterns, repo_type))
+        return tmp_path
+
+    monkeypatch.setattr(run, "download", download)
+    for local in ("data/alpaca.json", "data/rows.parquet", str(tmp_path)):
+        assert run.locate_data(local) == Path(local)
+    assert asked == []
+    with pytest.raises(InputError, match="owner/name has no training file"):
+        run.locate_data("owner/name")
+    assert asked[0] == ("owner/name", "*train*.parquet", "dataset")
+    (tmp_path / "data").mkdir()
+    for name in ("train-0.parquet", "test-0.parquet"):
+        (tmp_path / "data" / name).write_text("x")
+    assert run.locate_data("owner/name") == tmp_path / "data" / "train-0.parquet"
+    (tmp_path / "data" / "train-1.parquet").write_text("x")
+    with pytest.raises(InputError, match="2 training files.*name one of them"):
+        run.locate_data("owner/name")
+
+
+def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match="^tatsu-lab/alpaca is no file here.*no route to host.*name a local file$"):
+        run.prepare("tiny", "fixed", "tatsu-lab/alpaca", 0, data.SIZES)
