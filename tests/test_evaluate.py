@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
 
 import carrier as carriers
 import eraser
@@ -20,9 +20,6 @@ from data import Sample
 from files import InputError, read_json, read_jsonl, save_tensors
 from lab import ablate
 from run import reopen
-from test_eraser import CONFIG, make_carrier, make_net, prompts, run  # noqa: F401
-
-ROOT = Path(__file__).parent.parent
 
 
 def answers(n=7):
@@ -77,7 +74,7 @@ def test_wilson_interval():
 
 
 def test_dose_response_ends_are_the_base_and_the_carrier():
-    net = make_net(torch.float32)
+    net = make_net(dtype=torch.float32)
     c = make_carrier(net)
 
     class Chat:
@@ -379,7 +376,7 @@ def test_wide():
 
 
 def test_losses_of_a_bf16_model_are_taken_in_fp32():
-    net = make_net(torch.bfloat16)
+    net = make_net(dtype=torch.bfloat16)
     c = make_carrier(net.float())
     net = net.bfloat16()
     ids, mask = collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)
