@@ -28,7 +28,7 @@ import eraser
 import lora
 import model
 import weights
-from files import InputError, read_json, write_json
+from files import InputError, read_json, usual_mode, write_json
 from run import EMBEDDED, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
@@ -70,9 +70,10 @@ def replacing(folder, **facts):
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        fresh.chmod(0o755)
         write_json(fresh / MARKER, facts)
         yield fresh
+        for path in (fresh, *fresh.iterdir()):
+            usual_mode(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)

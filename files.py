@@ -79,6 +79,13 @@ def fingerprint(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+def usual_mode(path):
+    """What other programs would give a new file or folder: safetensors and tempfile lock theirs."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 # ---- safetensors
 
 def save_tensors(path, tensors, **metadata):
@@ -88,6 +95,7 @@ def save_tensors(path, tensors, **metadata):
     header = {key: json.dumps(value) for key, value in metadata.items()}
     try:
         save_file(tensors, partial, header)
+        usual_mode(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ import behaviour
 import model
 from chat import Chat, collate
 from data import Sample
-from files import InputError, read_json, write_json
+from files import InputError, read_json, usual_mode, write_json
 from run import cli, markdown
 
 # ---- the world's words: everything is one token, invented where a real word would carry a real fact
@@ -546,8 +546,8 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
     folder = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
     try:
         score = fill(folder, hidden, layers, steps, seed, say)
-        folder.chmod(0o755)  # made for us alone, as was the weights' file
-        (folder / "model.safetensors").chmod(0o644)
+        usual_mode(folder)  # made for us alone, as was the weights' file
+        usual_mode(folder / "model.safetensors")
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)
