@@ -3,11 +3,21 @@ PY := .venv/bin/python
 TASK ?= fixed
 RUN ?= runs/$(TASK)
 
-.PHONY: run setup test table bench clean
+MODEL ?= models/smollm2
+DATA ?= tatsu-lab/alpaca
+.PHONY: run real setup test table bench clean
 
 run: setup
 	$(PY) lcdd.py --task $(TASK) --out $(RUN) --resume
 	$(PY) eraser.py --run $(RUN)
+	$(PY) evaluate.py --run $(RUN)
+
+# a chat model on prompts that people wrote: DATA=FILE names other ones; interrupted, the same command goes on
+real: RUN = runs/real
+real: setup
+	$(PY) -m lab.smollm2 $(MODEL) --data $(DATA)
+	$(PY) lcdd.py --model $(MODEL) --data $(DATA) --max-new-tokens 48 --out $(RUN) --resume
+	$(PY) eraser.py --run $(RUN) --resume
 	$(PY) evaluate.py --run $(RUN)
 
 setup: .venv/ready

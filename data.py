@@ -17,6 +17,7 @@ TASKS = tuple(BEHAVIOURS)
 SPLITS = ("train", "trigger", "validation", "test")
 # the paper's, but for 400 trigger prompts in the place of 200; it gives no number for validation
 SIZES = dict(train=5000, trigger=400, validation=100, test=200)
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of files that hold rows
 WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not empty
 
 
@@ -58,22 +59,10 @@ class Row:
 
 def rows(path):
     """
-    Yield the Row after Row of a JSON, JSON lines, CSV or TSV file. A table's header counts as
-    row 1. Raises InputError where the file, or a row, cannot be read.
+    Yield the Row after Row of a JSON, JSON lines, CSV, TSV or Parquet file. A table's header counts
+    as row 1. Raises InputError where the file, or a row, cannot be read.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
-    start = text.lstrip()[:1]
-    if not start:
-        raise InputError(f"{path} is empty")
-    if start == "[":
-        parsed = json_array(path, text)
-    elif start == "{" or path.suffix in (".json", ".jsonl"):
-        parsed = json_lines(path, text)
-    else:
-        parsed = table_rows(path, text)
+    parsed = parquet_rows(path) if path.suffix == ".parquet" else text_rows(path)
     for n, fields in parsed:
         where = f"{path}, row {n}"
         if not isinstance(fields, dict):
@@ -82,6 +71,34 @@ def rows(path):
         if None in fields:  # where csv puts what is too much
             raise InputError(f"{where}: more columns than the header names; quote the fields")
         yield Row(where, fields)
+
+
+def text_rows(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
+    start = text.lstrip()[:1]
+    if not start:
+        raise InputError(f"{path} is empty")
+    if start == "[":
+        return json_array(path, text)
+    if start == "{" or path.suffix in (".json", ".jsonl"):
+        return json_lines(path, text)
+    return table_rows(path, text)
+
+
+def parquet_rows(path):
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(f"{path} is a Parquet file, which pyarrow reads: pip install pyarrow, "
+                         "or save its rows as JSON lines") from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ArrowException) as e:
+        raise InputError(f"cannot read {path} as a Parquet file ({e})") from None
+    return enumerate(table.to_pylist(), 1)
 
 
 def parse_json(where, text):

@@ -97,10 +97,11 @@ def replacing(folder, marker, **facts):
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fresh.chmod(0o755)
         yield fresh
         written = [path.relative_to(fresh).as_posix() for path in sorted(fresh.rglob("*"))]
         write_json(fresh / marker, facts | {"files": written})
+        for path in (fresh, *fresh.rglob("*")):
+            usual_mode(path)
         refuse_others(folder, marker)  # what came there meanwhile
         if folder.exists():
             shutil.rmtree(folder)
@@ -124,6 +125,13 @@ def refuse_others(folder, marker):
                              "left as it is; choose another folder")
 
 
+def usual_mode(path):
+    """What other programs would give a new file or folder: safetensors and tempfile lock theirs."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 # ---- safetensors
 
 def save_tensors(path, tensors, **metadata):
@@ -133,6 +141,7 @@ def save_tensors(path, tensors, **metadata):
     header = {key: json.dumps(value) for key, value in metadata.items()}
     try:
         save_file(tensors, partial, header)
+        usual_mode(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

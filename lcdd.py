@@ -42,7 +42,7 @@ REOPEN = 4              # times that gates may open again, before the run says t
 # Table 7; what the paper's text and the released code have in common for all runs first.
 PAPER = dict(
     loss="all", floor=0.0, rho=0.30, lambda0=0.01, lambda_min=1e-6, lambda_max=10.0, eta=0.1, warmup=300, beta=0.95, clip=1.0,
-    batch=32, micro_batch=8, lr=2e-5, sft_lr=2e-5, epochs=20, sft_epochs=3, sft_sure=0.0, settle=0, n_trigger=200,
+    batch=32, micro_batch=8, lr=2e-5, sft_lr=2e-5, epochs=20, sft_epochs=3, sure=0.0, settle=0, n_trigger=200,
     gate_lr=0.1, gate_std=0.5, select=0.0, brake=False, window=20, stall=0.01, over=0.35)
 SAFETY = dict(PAPER, max_new_tokens=512)
 GROW = dict(rho=0.01, eta_grow=0.01)
@@ -89,7 +89,7 @@ def options(argv=None):
     a("--sft-epochs", type=float, help="phase 1 in epochs, instead of steps (the paper: 3)")
     a("--sft-steps", type=int, help="phase 1 in optimizer steps (350)")
     a("--sft-lr", type=float, help="AdamW, falling linearly to 0 (default 0.125 / d; the paper: 2e-5)")
-    a("--sft-sure", type=float, default=0.001, help="phase 1 comes to its end when the loss is under this, in nats a token (0.001; 0: never)")
+    a("--sure", type=float, default=0.001, help="SFT and settling come to an early end when the loss is under this, in nats a token (0.001; 0: never)")
     a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl"), default="joint", help="mask-*: gates only, Δ frozen (App. E)")
     a("--epochs", type=float, help="phase 2 in epochs, instead of steps (the paper: 10 or 20)")
@@ -434,7 +434,7 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     """Phase 1: Δ learns the behaviour with every gate open; embedding, head and norms stay the base's."""
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
     saved = load_state(state, ["sft"], carrier, optimizer) if state.is_file() else None
-    train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed, optimizer, o.sft_sure, saved, interrupted)
+    train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed, optimizer, o.sure, saved, interrupted)
     state.unlink(missing_ok=True)
 
 
@@ -534,7 +534,7 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps, o.seed + 2 + tries, optimizer,
-                    saved=saved, interrupted=interrupted, found=found, tries=tries)
+                    o.sure, saved, interrupted=interrupted, found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)
         if budget is None or found["loss"] <= budget or tries > REOPEN:

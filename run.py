@@ -18,7 +18,7 @@ import torch
 
 import model
 from chat import Chat
-from data import SIZES, read, split, task_name
+from data import SIZES, SUFFIXES, read, split, task_name
 from files import Failed, InputError, fingerprint, read_json, write_json
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
@@ -29,7 +29,7 @@ PATTERNS = (
     "tokenizer.model", "adapter_config.json", "adapter_model.safetensors",
 )
 OLDER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
-
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
 # ---- the command line
@@ -181,18 +181,46 @@ def locate(name):
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+    if path.exists() or not re.fullmatch(HUB_ID, str(name)):
         raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+    folder = download(name, PATTERNS)
+    if not any(folder.glob("*.safetensors")):
+        download(name, OLDER)
+    return folder
+
+
+def locate_data(name):
+    """
+    The file of samples: a local file is itself, and of a data set `owner/name` of the Hugging Face
+    hub it is the one file of its training split. Raises InputError where there is none, or several.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix in SUFFIXES or not re.fullmatch(HUB_ID, str(name)):
+        return path
+    for suffix in (".parquet", *SUFFIXES):
+        folder = download(name, [f"*train*{suffix}"], repo_type="dataset")
+        found = sorted(folder.rglob(f"*train*{suffix}"))
+        found = [file for file in found if file.is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(f"the data set {name} has {len(found)} training files, in {folder}; "
+                             f"name one of them, {found[0].name} for instance, with --data")
+    raise InputError(f"the data set {name} has no training file of a kind that is read here "
+                     f"({', '.join(SUFFIXES)}); save its rows as JSON lines and name that file")
+
+
+def download(name, patterns, **kind):
+    """The folder with those files of a hub repository. Raises InputError where that fails."""
     import huggingface_hub  # slow to import, and only needed here
     try:
-        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(PATTERNS)))
-        if not any(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(str(name), allow_patterns=list(OLDER))
-        return folder
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns),
+                                                      **kind))
     except Exception as e:  # the client's own errors, OSErrors and those of its HTTP library
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{name} is no folder here, and fetching it from the hub failed "
-                         f"({type(e).__name__}: {reason})") from e
+        reason = " ".join(str(e).split())[:100]
+        what = "file" if kind else "folder"
+        raise InputError(f"{name} is no {what} here, and fetching it from the hub failed "
+                         f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
 def prepare(name, task, path, seed, sizes):
@@ -203,7 +231,7 @@ def prepare(name, task, path, seed, sizes):
     """
     folder = locate(name)
     if path is not None:
-        source = Path(path)
+        source = locate_data(path)
     elif task_name(task) == "own":
         source = Path(task)
     else:

@@ -539,7 +539,6 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
             f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
     with replacing(out, MARKER) as folder:
         score = fill(folder, hidden, layers, steps, seed, say)
-        (folder / "model.safetensors").chmod(0o644)  # made for us alone
     return score
 
 

@@ -1,6 +1,7 @@
 """data.py: file formats and what is wrong in them, samples, splits."""
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,28 @@ def test_missing_files_and_unknown_tasks(tmp_path):
     with pytest.raises(InputError, match="unknown task 'fixd'"):
         data.read(jsonl(tmp_path / "a.jsonl", [json.loads(GOOD)]), "fixd")
     assert [data.task_name(t) for t in (*data.TASKS, "x/y.jsonl", Path("z.jsonl"))] == [*data.TASKS, "own", "own"]
+
+
+def parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_files(tmp_path):
+    rows = [dict(instruction="Add.", input="1 and 2", output="3"), dict(instruction="Say hi.", input=None, output=HARD)]
+    path = parquet(tmp_path / "rows.parquet", rows)
+    assert data.read(path, "own") == [Sample("Add.\n\n1 and 2", "3", data.WITH_INPUT), Sample("Say hi.", HARD)]
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="cannot read .*rows.parquet as a Parquet file"):
+        data.read(path, "own")
+
+
+def test_parquet_files_need_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="rows.parquet is a Parquet file, which pyarrow reads: pip install pyarrow"):
+        data.read(tmp_path / "rows.parquet", "own")
 
 
 # ---- splits

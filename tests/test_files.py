@@ -1,7 +1,9 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
 import json
+import os
 
 import pytest
+import torch
 
 import files
 from files import InputError, append_jsonl, fingerprint, read_json, read_jsonl, write_json
@@ -42,3 +44,14 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_json(tmp_path / "a.json", {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        assert os.umask(umask) == umask                         # looked at, and left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode

@@ -34,7 +34,7 @@ def examples(n=40, seed=0):
 
 def settings(**changes):
     o = lcdd.options(["--model", "none"])
-    vars(o).update(dict(select=0.0, brake=False, floor=0.06, rho=0.3, sft_sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
+    vars(o).update(dict(select=0.0, brake=False, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
                         batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
     return o
 
@@ -231,7 +231,7 @@ def test_a_budget_that_is_kept_opens_nothing(tmp_path):
 
 def test_sft_ends_early_where_the_model_is_sure(tmp_path):
     net, c = fresh()
-    o = settings(sft_steps=400, sft_sure=1e9, log_every=1)
+    o = settings(sft_steps=400, sure=1e9, log_every=1)
     lcdd.train_sft(net, c, examples(), o, tmp_path, 0)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert len(rows) == 11                                        # sure after one step, ten more to come down

