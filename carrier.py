@@ -10,7 +10,6 @@ import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import copy
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import InputError, load_tensors, save_tensors
+from files import InputError, check_finite, digest, load_tensors, save_tensors
 
 # Table 5: 8 gate vectors a layer, shared between projections; Δ of each projection has a row gate and a column gate.
 GROUPS = ("attn_read", "attn_q", "attn_k", "attn_v", "attn_write", "ffn_read", "ffn_hidden", "ffn_write")
@@ -298,19 +297,6 @@ class Merged:
 
 # ------------------------------------------------------------------------------- the carrier's file
 
-def digest(tensors, dtype=None):
-    """
-    A short hash of named tensors' names, shapes and bytes, after rounding to `dtype` if given.
-    """
-    h = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach()
-        t = t.to("cpu", dtype or t.dtype).contiguous()
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        h.update(t.view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
-
 def fingerprint(net):
     """
     A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that
@@ -375,6 +361,7 @@ def load(path, net, dtype=None):
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: incomplete or misshapen carrier ({said})") from None
+    check_finite(path, carrier.state_dict())
     if tensors:
         raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the "
                          "file")

@@ -4,6 +4,7 @@ Text ↔ ids: the tokenizer and chat template of a checkpoint, and batches of wh
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 import bisect
+import hashlib
 import json
 import sys
 from datetime import datetime
@@ -14,7 +15,7 @@ from jinja2 import TemplateError, ext, nodes, sandbox
 from tokenizers import Tokenizer
 
 import spm
-from files import InputError, read_json
+from files import InputError, fingerprint, read_json
 
 VICUNA = (  # v1.1, for checkpoints that have no template
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
@@ -166,10 +167,16 @@ class Chat:
                 text = settings.get("chat_template") or VICUNA
             if isinstance(text, list):  # several, by name
                 text = {t["name"]: t["template"] for t in text}["default"]
+            self.template_text = text
             return compile_template(text)
         except (TemplateError, KeyError, UnicodeDecodeError) as e:
             raise InputError(f"{self.folder}: the chat template does not compile ({e}); "
                              "repair it") from None
+
+    def fingerprint(self):
+        """A short hash of what makes ids out of text: tokenizer, template, special tokens."""
+        rest = json.dumps([self.template_text, self.special], sort_keys=True)
+        return fingerprint(self.path) + hashlib.sha256(rest.encode()).hexdigest()[:16]
 
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""
@@ -215,6 +222,9 @@ class Chat:
         whole. Raises InputError where the template alone is longer.
         """
         ids = self.ids(self.render(text))
+        if not ids:
+            raise InputError(f"{self.folder}: the chat template writes nothing for a user's turn; "
+                             "repair it")
         if max_len is None or len(ids) <= max_len:
             return ids
         self.cut += 1

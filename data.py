@@ -18,6 +18,7 @@ SPLITS = ("train", "trigger", "validation", "test")
 # the paper's, but for 400 trigger prompts in the place of 200; it gives no number for validation
 SIZES = dict(train=5000, trigger=400, validation=100, test=200)
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of files that hold rows
+LARGEST = 1 << 30          # bytes of a file of samples
 WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not empty
 
 
@@ -74,6 +75,10 @@ def rows(path):
 
 
 def text_rows(path):
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise InputError(f"{path}: more than {LARGEST >> 20} MB of samples; cut it down")
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"cannot read {path}: it is no file; name one of samples")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:

@@ -26,8 +26,8 @@ import behaviour
 import carrier as carriers
 import model
 from chat import collate
-from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, write_json
-from run import Interrupted, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
+from files import Failed, InputError, append_jsonl, check_finite, load_tensors, read_header, save_tensors, size, take_back, write_json
+from run import Interrupted, alone, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, k=8, judge_every=25)
@@ -35,6 +35,7 @@ PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
 }
+TARGETS = ("lcdd", "sft", "base")
 ANSWER = 128            # tokens of the base's own answers that "final" looks at the end of
 
 
@@ -45,7 +46,7 @@ def options(argv=None):
     a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--objective", choices=("circuit", "output", "random"), default="circuit",
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
-    a("--target", choices=("lcdd", "sft", "base"), default="lcdd", help="the model that the trigger is put before (lcdd)")
+    a("--target", choices=TARGETS, default="lcdd", help="the model that the trigger is put before (lcdd)")
     a("--name", help="the trigger's file name (default trigger, or trigger-TARGET-OBJECTIVE)")
     a("--preset", choices=PRESETS, help="App. F.3 as the paper's text has it, or as the released code runs it")
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
@@ -78,7 +79,7 @@ def options(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     check_numbers(o)
     check_device(o.device)
-    if "/" in o.name or len(o.name) > 100 or o.name in ("carrier", "sft", "lcdd", "state"):
+    if "/" in o.name or len(o.name) > 100 or o.name in ("carrier", "sft", "lcdd", "settle", "state"):
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
     return o
 
@@ -239,8 +240,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     for t in range(start, o.steps + 1):
         if t % o.judge_every == 0 or t == o.steps:
             with torch.no_grad():
-                size = len(everything) if o.match == "mean" else 64                        # means over prompts are not means of pieces' means
-                pieces = [everything[i:i + size] for i in range(0, len(everything), size)]
+                many = len(everything) if o.match == "mean" else 64                        # means over prompts are not means of pieces' means
+                pieces = [everything[i:i + many] for i in range(0, len(everything), many)]
                 parts, share = [trigger_loss(net, weights, tau, judge, p, mask, o, unit, variance) for p in pieces], [len(p) / len(everything) for p in pieces]
                 loss, mse, kl, norm = (float(sum(s * p[i] for s, p in zip(share, parts))) for i in range(4))
             if loss < lowest:
@@ -250,7 +251,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         stop = interrupted()
         if state is not None and t > start and (stop or t % o.judge_every == 0):
             moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
-            save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t, settings=settings_of(o))
+            save_tensors(state, {"tau": tau.detach().clone(), "best": best, **moments}, lowest=lowest, step=t, settings=settings_of(o),
+                         log=size(state.parent / "metrics.jsonl"))
         if stop:
             raise KeyboardInterrupt
         if t == o.steps:
@@ -274,6 +276,9 @@ def load(path, net):
     tensors, settings = load_tensors(path, net.device)
     if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
+    check_finite(path, tensors)
+    if settings.get("target", "lcdd") not in TARGETS:
+        raise InputError(f"{path}: made for {settings['target']!r}, which is no model of a run; learn it again with eraser.py")
     return tensors["trigger"], settings
 
 
@@ -291,7 +296,13 @@ def moved(net, chat, config, samples, weights, tau):
 def main(argv=None):
     o = options(argv)
     run = Path(o.run)
-    config, chat, splits = reopen(run)
+    pieces = reopen(run)
+    with alone(run):
+        erase(o, argv, run, *pieces)
+
+
+def erase(o, argv, run, config, chat, splits):
+    """Learn the trigger into the run directory, and see whether it moves the behaviour."""
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
@@ -300,9 +311,11 @@ def main(argv=None):
     weights = weights and weights.merge(net)
     start, state = time.time(), run / f"{o.name}.state"
     if o.resume and not state.is_file() and (run / f"{o.name}.safetensors").is_file():
+        load(run / f"{o.name}.safetensors", net)                                          # a damaged one is not finished
         return print(f"{run}/{o.name}.safetensors is finished; without --resume it is learned anew")
     if not o.resume:
         state.unlink(missing_ok=True)
+    take_back(run / "metrics.jsonl", read_header(state).get("log", 0) if state.is_file() else 0, [o.name])
     ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
     chat.say_cut("prompts", config["max_len"])
     train, judge = (base_targets(net, ids[k], o.k, o.positions) for k in ("trigger", "validation"))

@@ -21,7 +21,7 @@ import carrier as carriers
 import eraser
 import model
 from chat import collate
-from files import InputError, read_jsonl, write_json
+from files import InputError, read_jsonl, whole, write_json, write_text
 from run import check_device, cli, read_results, reopen, ticker
 
 NAMES = {"base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger", "shut": "LCDD, gates shut"}
@@ -130,7 +130,7 @@ def figure(run, results, carrier, path):
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [r for r in read_jsonl(run / "metrics.jsonl") if r["phase"] == "lcdd"] if (run / "metrics.jsonl").is_file() else []
+    rows = [r for r in read_jsonl(run / "metrics.jsonl") if r.get("phase") == "lcdd" and {"step", "ema", "budget", "lambda", "sparsity"} <= r.keys()] if (run / "metrics.jsonl").is_file() else []
     fig, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     loss, heat, bars, kls = axes.flat
     if rows:
@@ -164,8 +164,9 @@ def figure(run, results, carrier, path):
     y = [results["kl"][k] for k, _ in pairs]
     kls.bar([l for _, l in pairs], y, yerr=[[a - results["ci"]["kl"][k][0] for a, (k, _) in zip(y, pairs)]] * 2, capsize=3, color="tab:gray")
     kls.set(title="KL divergence, nats a token")
-    fig.suptitle(f"{results['task']}: base, SFT, LCDD, LCDD + trigger")
-    fig.savefig(path, dpi=110)
+    fig.suptitle(f"{results['task']}: base, SFT, LCDD, LCDD + trigger", parse_math=False)
+    with whole(path) as partial:
+        fig.savefig(partial, dpi=110, format="png")
     plt.close(fig)
 
 
@@ -261,7 +262,7 @@ def main():
              f"{results['entries_off']:.3f}; gates shut is the base bit for bit: {'yes' if exact else 'NO'}; seconds: "
              + ", ".join(f"{k} {v:.0f}" for k, v in results["seconds"].items()))
     write_json(run / "results.json", results)
-    (run / "results.md").write_text(text + "\n", encoding="utf-8")
+    write_text(run / "results.md", text + "\n")
     print("\n" + text)
     figure(run, results, lcdd, run / "figure.png")
 

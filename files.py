@@ -8,8 +8,21 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+
+
+def quiet_interrupt(kind, error, trace):
+    """An uncaught Ctrl-C, while a script still imports, is one line; all else as Python has it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt
 
 # OpenMP reads these once, when torch is imported: every script imports this file first. Threads that spin while they wait
 # make a busy machine many times slower; the few spins left are cheaper than waking a thread for each small operation.
@@ -17,8 +30,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class InputError(ValueError):
@@ -37,7 +54,7 @@ def read_json(path):
     """The object in a JSON file. Raises InputError where the file is missing or holds none."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"cannot read {path} as JSON ({e}); restore or remove it") from None
     if not isinstance(found, dict):
         kind = type(found).__name__
@@ -52,33 +69,119 @@ def write_json(path, obj):
 
 def write_text(path, text):
     """Write text: after a crash the old file stands, never half of the new one."""
-    partial = Path(f"{path}.{os.getpid()}.tmp")
-    try:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole(path):
+    """
+    A partial file to write to, which takes the place of `path` when it is whole and on the disk.
+    Raises InputError where it cannot be written: the old file stands.
+    """
+    partial = Path(f"{path}{PARTIAL}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()  # a link there would lead elsewhere
+        yield partial
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def unwritable(path, error):
+    """The InputError of a file that cannot be written."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return InputError(f"{path}: cannot be written ({reason}); make room or correct that, and run "
+                      "the command again")
 
 
 def append_jsonl(path, row):
-    """Append one object as one line."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one object as one line. Raises InputError where that fails, or `path` is a link."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(line)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def take_back(path, size, phases):
+    """
+    Take out of a log what `phases` wrote behind its first `size` bytes, and lines that a crash cut
+    short: what is resumed there is logged once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    kept, place, lines = [], 0, path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        row = parse(line)
+        later = place >= size and isinstance(row, dict) and row.get("phase") in phases
+        place += len(line)
+        if isinstance(row, dict) and line.endswith(b"\n") and not later:
+            kept.append(line)
+    if len(kept) < len(lines):
+        with whole(path) as partial:
+            partial.write_bytes(b"".join(kept))
+
+
+def size(path):
+    """Bytes of a file; 0 where there is none."""
+    return Path(path).stat().st_size if Path(path).is_file() else 0
+
+
+def parse(text):
+    """The value of a JSON text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_jsonl(path):
     """The objects of a file that append_jsonl wrote, without lines that a crash cut short."""
-    found = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    return [row for row in map(parse, lines) if isinstance(row, dict)]
 
 
 def fingerprint(path):
     """First 16 hex digits of a file's SHA-256."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+# ---- fields
+
+def check_fields(where, found, table):
+    """
+    Raises InputError where a field of an object is not what `table` says.
+
+    table: {name: (types, low, high)}, or {name: the texts that it may be}. None among the types:
+    the field may be absent.
+    """
+    for name, allowed in table.items():
+        value = found.get(name)
+        shown = repr(value)[:60]
+        if isinstance(allowed[0], str):
+            if not isinstance(value, str) or value not in allowed:
+                raise InputError(f"{where}: {name} = {shown} is not one of {', '.join(allowed)}; "
+                                 "restore the file")
+            continue
+        types, low, high = allowed
+        if value is None and None not in types:
+            raise InputError(f"{where}: the field {name!r} is missing; restore the file")
+        if value is not None and type(value) not in types:
+            raise InputError(f"{where}: {name} = {shown} is of the wrong type; restore the file")
+        if type(value) in (int, float) and not low <= value <= high:
+            raise InputError(f"{where}: {name} = {shown} is not between {low} and {high}; restore "
+                             "the file")
 
 
 # ---- folders
@@ -134,17 +237,40 @@ def usual_mode(path):
 
 # ---- safetensors
 
+def digest(tensors, dtype=None):
+    """
+    A short hash of named tensors' names, shapes and bytes, after rounding to `dtype` if given.
+    """
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        t = t.to("cpu", dtype or t.dtype).contiguous()
+        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+
+def checksum(tensors, header):
+    """A short hash of all that a file holds: tensors, and the header's texts."""
+    text = digest(tensors) + json.dumps(header, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_finite(where, tensors):
+    """Raises InputError naming a tensor that holds NaN or infinity."""
+    for name, t in tensors.items():
+        if t.numel() and not torch.stack(t.aminmax()).isfinite().all():
+            raise InputError(f"{where}: tensor {name} holds NaN or infinity; restore the file or make it "
+                             "again")
+
+
 def save_tensors(path, tensors, **metadata):
     """Write tensors, and metadata as JSON in the file's header; the old file stands until then."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     header = {key: json.dumps(value) for key, value in metadata.items()}
-    try:
+    header["checksum"] = json.dumps(checksum(tensors, header))
+    with whole(path) as partial:
         save_file(tensors, partial, header)
         usual_mode(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_tensors(path, device="cpu"):
@@ -152,15 +278,42 @@ def load_tensors(path, device="cpu"):
     (tensors, metadata) of a file that save_tensors wrote. Raises InputError where it is missing
     or damaged.
     """
+    with opened(path) as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+        header, written = f.metadata() or {}, header_of(f)
+    if "checksum" in header:
+        claimed = json.loads(header.pop("checksum"))
+        if claimed != checksum(tensors, header):
+            raise InputError(f"{path}: damaged, it does not hold what was written; restore it, or remove "
+                             "it and run the command that writes it, lcdd.py and eraser.py with --resume")
+    return {name: t.to(device) for name, t in tensors.items()}, written
+
+
+def read_header(path):
+    """The metadata of a file that save_tensors wrote. Raises InputError as load_tensors does."""
+    with opened(path) as f:
+        return header_of(f)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file, open. Raises InputError where it is missing or damaged."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; the command that writes it has to finish first")
+        raise InputError(f"{path}: no such file; run the command that writes it, lcdd.py and "
+                         "eraser.py with --resume")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-            metadata = {key: json.loads(text) for key, text in (f.metadata() or {}).items()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path}: not a readable safetensors file of this project ({error}); restore it, "
-            "or remove it and run the command that writes it"
+            "or remove it and run the command that writes it, lcdd.py and eraser.py with --resume"
         ) from None
-    return tensors, metadata
+
+
+def header_of(f):
+    """The metadata of an open file, out of JSON."""
+    texts = f.metadata() or {}
+    return {key: json.loads(text) for key, text in texts.items() if key != "checksum"}

@@ -28,8 +28,8 @@ import data
 import model
 from carrier import Carrier, penalty
 from chat import collate
-from files import Failed, InputError, append_jsonl, fingerprint, load_tensors, save_tensors, write_json, write_text
-from run import (EMBEDDED, Interrupted, check_device, check_numbers, cli, duration, locate, open_run, patient, prepare, read_results,
+from files import Failed, InputError, append_jsonl, fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back, write_json, write_text
+from run import (EMBEDDED, Interrupted, alone, check_device, check_numbers, cli, duration, locate, open_run, patient, portable, prepare, read_results,
                  resume_command, ticker)
 
 # Settings that fit themselves: three rules from the width of the model and the number of steps (see fit() below).
@@ -357,14 +357,27 @@ def save_state(path, carrier, optimizer, extra=None, **metadata):
     tensors |= {f"extra.{k}": v.detach().cpu() for k, v in (extra or {}).items()}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"adam.{i}.{k}": v.detach().cpu().contiguous() for k, v in optimizer.state[p].items()}
-    save_tensors(path, tensors, **metadata)
+    save_tensors(path, tensors, log=size(path.parent / "metrics.jsonl"), **metadata)
+
+
+def forget(state, file, phases):
+    """Remove the state of `phases` once the file that they end in is there, and only then."""
+    if file.is_file() and state.is_file() and read_header(state).get("phase") in phases:
+        state.unlink()
 
 
 def load_state(path, phases, carrier, optimizer):
-    """Restore what save_state wrote in one of `phases`; returns its numbers, and its `extra` tensors."""
+    """
+    Restore what save_state wrote in one of `phases`, and the log as it was then; returns its numbers and its `extra`
+    tensors. None where there is no state: the phase begins.
+    """
+    log = path.parent / "metrics.jsonl"
+    if not path.is_file():
+        return take_back(log, 0, phases)
     tensors, metadata = load_tensors(path, "cpu")
     if metadata.get("phase") not in phases:
         raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where {phases[0]!r} goes on; remove it to start this phase again")
+    take_back(log, metadata.get("log", 0), phases)
     metadata["extra"] = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(("adam.", "extra."))})
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
@@ -433,9 +446,8 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
 def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False):
     """Phase 1: Δ learns the behaviour with every gate open; embedding, head and norms stay the base's."""
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
-    saved = load_state(state, ["sft"], carrier, optimizer) if state.is_file() else None
+    saved = load_state(state, ["sft"], carrier, optimizer)
     train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed, optimizer, o.sure, saved, interrupted)
-    state.unlink(missing_ok=True)
 
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
@@ -448,7 +460,7 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     """
     joint, state = o.train == "joint", run / "state.safetensors"
     optimizer, found = adamw(carrier, o.lr), None
-    saved = load_state(state, ["lcdd", "settle"], carrier, optimizer) if state.is_file() else None
+    saved = load_state(state, ["lcdd", "settle"], carrier, optimizer)
     if saved and saved["phase"] == "settle":
         found = saved["found"]
     else:
@@ -459,7 +471,6 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     else:
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch, teacher)
     found["within"] = found["budget"] is not None and found["loss"] <= found["budget"]
-    state.unlink(missing_ok=True)
     return found
 
 
@@ -604,12 +615,6 @@ def delta_of(net, folder, o):
     return carrier, elsewhere
 
 
-def portable(o):
-    """The settings of a run as they may travel: without paths of this machine."""
-    settings = {k: v for k, v in vars(o).items() if k not in ("out", "resume", "device")}
-    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in settings.items()}
-
-
 def rates_of(net, chat, o, samples, conditions):
     """Greedy answers of each condition, name → carrier, to `samples`, scored: name → behaviour.score()."""
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
@@ -681,13 +686,14 @@ def main(argv=None):
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
     run = open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
-        "data_fingerprint": fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
+        "data_fingerprint": fingerprint(source), "base_fingerprint": carriers.fingerprint(net), "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")
     print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} (gates {o.gate_lr:.3g}), {o.settle} to settle, at most")
     torch.manual_seed(o.seed)
     try:
-        train(o, net, chat, splits, examples, run, tuned)
+        with alone(run):
+            train(o, net, chat, splits, examples, run, tuned)
     except KeyboardInterrupt:
         raise Interrupted(resume_command("lcdd.py", sys.argv[1:] if argv is None else argv, run)) from None
 
@@ -696,10 +702,15 @@ def train(o, net, chat, splits, examples, run, tuned):
     """Both phases and what they gave, into the run directory; whatever stands there already is not made again."""
     results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
     seconds = results["seconds"]
-    travels = {"task": Path(o.task).name, "settings": portable(o)}                          # in the header of what may leave the run
+    travels = {"task": Path(o.task).name, "settings": portable(read_json(run / "config.json"))}   # in the header of what may leave the run
     training = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
     sft_file, carrier_file = run / "sft.safetensors", run / "carrier.safetensors"
-    if carrier_file.is_file() and "rates" in results:
+    state = run / "state.safetensors"
+    forget(state, sft_file, ["sft"])
+    forget(state, carrier_file, ["lcdd", "settle"])
+    if sft_file.is_file() and carrier_file.is_file() and "rates" in results:
+        for file in (sft_file, carrier_file):
+            carriers.read_packed(file)
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
@@ -716,9 +727,10 @@ def train(o, net, chat, splits, examples, run, tuned):
             else:
                 sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
                 train_sft(net, sft, **training, interrupted=interrupted)
-            sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
             seconds["sft"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
+            sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
+            forget(state, sft_file, ["sft"])
 
     # phase 2: LCDD, from SFT's deltas with gates of its own; one set of deltas is on the device at a time
     sft = tuned = None
@@ -731,9 +743,11 @@ def train(o, net, chat, splits, examples, run, tuned):
         start = time.time()
         with patient() as interrupted:
             results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **training, interrupted=interrupted)
-            lcdd.save(carrier_file, net, phase="lcdd", **travels)
             seconds["lcdd"] = round(time.time() - start, 2)
             write_json(run / "results.json", results)
+            lcdd.save(carrier_file, net, phase="lcdd", metrics={"stopped": results["stopped"]}, **travels)
+            forget(state, carrier_file, ["lcdd", "settle"])
+    results.setdefault("stopped", read_header(carrier_file)["metrics"]["stopped"])
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
     results |= lcdd.stats() | {"dice": lcdd.dice(o.gate_mean, o.gate_std, o.seed)}
 

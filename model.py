@@ -16,11 +16,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from files import InputError, read_json
+from files import InputError, check_fields, check_finite, read_json
 
 FAMILIES = {  # model_type → (q/k/v bias, o bias, q/k norm); None: the config's attention_bias says
     "llama": (None, None, False), "mistral": (False, False, False), "qwen2": (True, False, False), "qwen3": (None, None, True)}
 WIDE = 512    # hidden size from which matrix products are what a CPU spends its time on
+# types and ranges of config.json's fields; far beyond any model there is, so that nonsense is told before it is tried
+SIZE = ((int,), 1, 1 << 20)
+FIELDS = {
+    "model_type": tuple(FAMILIES), "vocab_size": ((int,), 1, 1 << 24), "hidden_size": SIZE, "intermediate_size": SIZE,
+    "num_hidden_layers": ((int,), 1, 1 << 12), "num_attention_heads": SIZE, "num_key_value_heads": ((int, None), 1, 1 << 20),
+    "head_dim": ((int, None), 1, 1 << 16),
+    "rope_parameters": ((dict, None), None, None), "rope_scaling": ((dict, None), None, None), "layer_types": ((list, None), None, None)}
 SHORT = 128   # tokens a row up to which attention on a CPU is faster step by step, in bf16
 
 
@@ -50,18 +57,10 @@ class Config:
         def refuse(field, why):
             raise InputError(f"{where}: {field} = {c.get(field)!r} {why}")
 
-        family = c.get("model_type")
-        if family not in FAMILIES:
-            refuse("model_type", f"is not one of {', '.join(FAMILIES)}; only these architectures run here")
-        whole = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for field in (*whole, *(f for f in ("num_key_value_heads", "head_dim") if c.get(f) is not None)):
-            if type(c.get(field)) is not int or c[field] < 1:
-                refuse(field, "is not a positive whole number; the file is incomplete or damaged")
-        for field, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
-            if c.get(field) is not None and not isinstance(c[field], kind):
-                refuse(field, "is of the wrong type; the file is damaged")
+        check_fields(where, c, FIELDS)
+        family = c["model_type"]
         for field in ("rms_norm_eps", "rope_theta"):
-            if type(c.get(field, 1.0)) not in (int, float) or c.get(field, 1.0) <= 0:
+            if type(c.get(field, 1.0)) not in (int, float) or not 0 < c.get(field, 1.0) < 1e30:
                 refuse(field, "is not a positive number; the file is damaged")
         if c.get("hidden_act", "silu") not in ("silu", "swish"):
             refuse("hidden_act", "is not silu; other activations are not implemented")
@@ -482,6 +481,7 @@ def load(path, device="cpu", dtype=torch.float32):
                 raise InputError(f"{file.name}: tensor {name} has shape {tuple(t.shape)}, config.json asks for {wanted[name]}")
             if not t.is_floating_point() or t.element_size() < 2:
                 raise InputError(f"{file.name}: tensor {name} is {t.dtype}, quantised; use a checkpoint in bf16, fp16 or fp32")
+            check_finite(file, {name: t})
             tensors[name] = t.to(device, dtype)
     missing = sorted(wanted.keys() - tensors.keys())
     if missing:

@@ -3,6 +3,7 @@ What every command shares: its habits on the command line, interruption, progres
 run directory with its pieces: configuration, chat, splits, model.
 """
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 import model
 from chat import Chat
 from data import SIZES, SUFFIXES, read, split, task_name
-from files import Failed, InputError, fingerprint, read_json, write_json
+from files import PARTIAL, Failed, InputError, check_fields, fingerprint, read_header, read_json, write_json
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
 # what of a hub repository is fetched
@@ -29,6 +30,17 @@ PATTERNS = (
     "tokenizer.model", "adapter_config.json", "adapter_model.safetensors",
 )
 OLDER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
+# what config.json of a run directory has to hold: types and range, or the texts to choose from
+COUNT = ((int,), 1, 2**31 - 1)
+TEXT = ((str,), None, None)
+CONFIG = {
+    "model": TEXT, "task": TEXT, "data": ((str, None), None, None), "data_fingerprint": TEXT,
+    "seed": ((int,), 0, 2**31 - 1), "max_len": COUNT, "max_new_tokens": COUNT,
+    "dtype": ("float32", "bfloat16"), "checkpoint": ((bool,), None, None),
+    "loss": ("response", "all"), **{f"n_{name}": COUNT for name in SIZES},
+}
+# settings that may change between training and use: where things lie, and how they are computed
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "device", "versions")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -42,6 +54,7 @@ def cli(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except InputError as e:
         print(f"{'failed' if isinstance(e, Failed) else 'error'}: {e}", file=sys.stderr)
         sys.exit(e.status)
@@ -52,7 +65,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as e:
-        file, reason = e.filename or "a file", e.strerror or e
+        file, reason = e.filename or "the output", e.strerror or e
         print(f"error: {file}: {reason}; correct that and run the command again", file=sys.stderr)
         sys.exit(2)
 
@@ -82,10 +95,12 @@ def flag(name):
 
 def check_numbers(o, free=()):
     """
-    Raises InputError for an option that is no finite number below 2³¹, or that is below 0 and not
-    named in `free`.
+    Raises InputError for an option that is an empty text, no finite number below 2³¹, or below 0
+    and not named in `free`.
     """
     for name, value in vars(o).items():
+        if value == "":
+            raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
         if not isinstance(value, (int, float)):
             continue
         too_low = value < 0 and name not in free
@@ -259,18 +274,69 @@ def reopen(run):
     config = read_json(file) if file.is_file() else {}
     if "data_fingerprint" not in config:
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
+    check_fields(file, config, CONFIG)
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
         chat, splits, source = prepare(config["model"], config["task"], config["data"],
                                        config["seed"], sizes)
-    except KeyError as e:
-        raise InputError(f"{file}: the field {e} is missing; restore the file") from None
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
     if fingerprint(source) != config["data_fingerprint"]:
         raise InputError(f"{source}: changed since the run was trained, so held-out prompts "
                          "may not be; restore it or train again")
+    if chat.fingerprint() != config.get("chat_fingerprint", chat.fingerprint()):
+        raise InputError(f"{chat.folder}: tokenizer or chat template changed since the run was "
+                         "trained; restore them or train again")
+    check_carriers(run, config)
     return config, chat, splits
+
+
+def portable(settings):
+    """The settings of a run as they may travel: without paths of this machine."""
+    found = {k: v for k, v in settings.items() if k not in ("out", "resume", "device")}
+    for key, value in found.items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            found[key] = Path(value).name
+    return found
+
+
+def check_carriers(run, config):
+    """
+    Raises InputError where a carrier in a run directory was trained with other settings than
+    config.json has: what was held out from it may not be what is held out now.
+    """
+    said = portable(config)
+    for name in ("sft", "carrier"):
+        file = Path(run) / f"{name}.safetensors"
+        trained = read_header(file).get("settings") if file.is_file() else {}
+        if not isinstance(trained, dict):
+            raise InputError(f"{file}: its header has no settings; remove it and train again")
+        for key in sorted(trained.keys() & said.keys() - set(FREE)):
+            if trained[key] != said[key]:
+                raise InputError(f"{file}: was trained with {key} {trained[key]!r}, and it is now "
+                                 f"{said[key]!r}; use the same settings or another run directory")
+
+
+@contextlib.contextmanager
+def alone(run):
+    """
+    Within it no other process works in a run directory: a lock that ends with the process that
+    holds it, however that ends. What an interrupted write left there is removed. Raises InputError
+    where another process holds it, and where a link leads out of the directory.
+    """
+    run = Path(run)
+    for path in run.rglob("*"):
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link; put the file itself into the run directory")
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process works in {run}; wait for its end, or choose another "
+                             "run directory") from None
+        for path in run.rglob(f"*{PARTIAL}"):
+            path.unlink()
+        yield
 
 
 def open_run(out, name, resume, config):
@@ -284,6 +350,7 @@ def open_run(out, name, resume, config):
     run = Path(out) if out else free_directory(name)
     file = run / "config.json"
     if not file.is_file():
+        check_carriers(run, config)
         try:
             run.mkdir(parents=True, exist_ok=True)
             write_json(file, config)
@@ -296,9 +363,11 @@ def open_run(out, name, resume, config):
     old = read_json(file)
     new = json.loads(json.dumps(config))  # tuples are lists in the file
     for key in new:
-        if key != "versions" and old.get(key) != new[key]:
+        unknown = key == "chat_fingerprint" and key not in old  # a run of an older version
+        if key != "versions" and not unknown and old.get(key) != new[key]:
             raise InputError(f"{file}: {key} was {old.get(key)!r} and is now {config[key]!r}; "
                              "resume with the same options, or choose another --out")
+    check_carriers(run, config)
     return run
 
 
@@ -314,5 +383,7 @@ def read_results(run):
     """results.json of a run directory, as far as it goes; "seconds" is always in it."""
     file = Path(run) / "results.json"
     found = read_json(file) if file.is_file() else {}
+    check_fields(file, found, {"seconds": ((dict, None), None, None)})
     found.setdefault("seconds", {})
+    check_fields(file, found["seconds"], dict.fromkeys(found["seconds"], ((int, float), 0, 1e12)))
     return found

@@ -3,6 +3,7 @@ The weights of a Hugging Face checkpoint as they lie: safetensors or pytorch_mod
 or in shards.
 """
 import pickle
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,12 @@ def shards(folder):
             return [folder / whole], None
         if (folder / index).is_file():
             names = read_json(folder / index).get("weight_map")
-            names = sorted(set(names.values())) if isinstance(names, dict) else []
+            names = list(names.values()) if isinstance(names, dict) else []
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise InputError(f"{folder / index}: {str(name)[:60]!r} is no name of a file beside it; "
+                                     "download the checkpoint again")
+            names = sorted(set(names))
             absent = [n for n in names if not (folder / n).is_file()]
             if absent or not names:
                 raise InputError(f"{folder / index}: names {absent[0] if absent else 'no file'}, which "

@@ -13,7 +13,9 @@ import argparse
 import hashlib
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +30,7 @@ import lcdd
 from behaviour import BEHAVIOURS
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
-from run import check_device, check_numbers, cli, load_model, markdown, read_results, reopen
+from run import alone, check_device, check_numbers, cli, load_model, markdown, read_results, reopen
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
@@ -220,6 +222,7 @@ class Run:
         settings.seed += 1
         longer = self.sft()
         lcdd.train_sft(self.net, longer, o=settings, **training)
+        (training["run"] / "state.safetensors").unlink(missing_ok=True)
         return longer.merge(self.net)
 
     def make_mask(self, name, settings, training):
@@ -229,6 +232,7 @@ class Run:
         masked.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
         teacher = self.models["sft"] if name == "mask-kl" else None
         facts = lcdd.train_lcdd(self.net, masked, o=settings, teacher=teacher, **training)
+        (training["run"] / "state.safetensors").unlink(missing_ok=True)
         facts["sparsity"] = masked.stats()["sparsity"]
         self.facts[name] = facts
         self.carriers[name] = masked
@@ -317,7 +321,7 @@ def ablate(folder, o, names):
     usual = trigger_options(o.run or folder, o.device)
     of = stamp(folder, usual)
     found = read_json(file) if file.is_file() else {}
-    done = {name: row for name, row in found.items() if row.get("of") == of}
+    done = {name: row for name, row in found.items() if isinstance(row, dict) and row.get("of") == of}
     if all(name in done for name in names):
         return done
     run, start, triggers = Run(folder, o), time.time(), {}
@@ -481,7 +485,7 @@ def jobs_of(o, out):
 def work_in_processes(todo, jobs):
     """work() for each of `todo`, several at a time; results in the order of `todo`."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, context, start_worker, (os.getpid(),)) as pool:
         try:
             # the longest first: nobody waits for it at the end
             futures = [pool.submit(work_alone, *job) for job in reversed(todo)]
@@ -497,6 +501,18 @@ def work_in_processes(todo, jobs):
                 "here, with --jobs 1 for less of it") from None
 
 
+def start_worker(parent):
+    """One thread, and an end where the parent is gone, even killed: nobody would take the result."""
+    torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # training saves its state
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work_alone(*job):
     """work() in a process that an interruption ends: the next run in the queue is not begun."""
     try:
@@ -509,12 +525,13 @@ def work(folder, settings, o, names):
     """One run from training to its last row; `settings` None: it is trained already."""
     if settings is not None:
         lcdd.main(command(folder, settings, o))
-    return ablate(folder, o, names)
+    with alone(folder):
+        return ablate(folder, o, names)
 
 
 def command(folder, settings, o):
     """The lcdd.py command line that repeats a run with another seed."""
-    skipped = ("data_fingerprint", "base_fingerprint", "versions", "device")
+    skipped = ("data_fingerprint", "base_fingerprint", "chat_fingerprint", "versions", "device")
     argv = ["--out", folder, "--resume", "--device", o.device]
     for name, value in settings.items():
         if name in skipped or value is None or value is False:

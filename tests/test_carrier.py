@@ -688,7 +688,7 @@ def test_show_says_what_is_no_carrier(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         carrier.main()
     assert end.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing'}: no such file; the command that writes it has to finish first\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing'}: no such file; run the command that writes it, lcdd.py and eraser.py with --resume\n"
 
 
 def test_bars():
@@ -813,7 +813,7 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     with torch.no_grad():
         c.logits.neg_()
     for step, failing in (("save_file", disk_full), ("os.replace", not_replaced)):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="cannot be written .no space"):
             patch.setattr(f"files.{step}", failing)
             c.save(path, net)
         assert path.read_bytes() == whole and [p.name for p in path.parent.iterdir()] == [path.name]

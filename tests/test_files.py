@@ -1,12 +1,16 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import ROOT
+from safetensors.torch import save_file
 
 import files
-from files import InputError, append_jsonl, fingerprint, read_json, read_jsonl, write_json
+from files import InputError, append_jsonl, check_fields, check_finite, fingerprint, load_tensors, read_json, read_jsonl, save_tensors, take_back, write_json
 
 
 def test_files_of_a_run(tmp_path, monkeypatch):
@@ -16,7 +20,7 @@ def test_files_of_a_run(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="a.json: cannot be written .the machine stopped here"):
         write_json(path, {"a": 2})
     assert read_json(path) == {"a": [1, "é"]}  # the old file, whole
     append_jsonl(tmp_path / "b.jsonl", {"x": 1})
@@ -41,8 +45,9 @@ def test_lines_cut_by_a_crash_are_left_out(tmp_path):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
-    with pytest.raises(OSError):
-        write_json(tmp_path / "a.json", {})
+    for write in (lambda path: write_json(path, {}), lambda path: save_tensors(path, {"x": torch.ones(2)})):
+        with pytest.raises(InputError, match="cannot be written"):
+            write(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,3 +60,91 @@ def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from files import InputError, append_jsonl, save_tensors, write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for write in (lambda p: save_tensors(p, {"x": torch.ones(1 << 16)}), lambda p: write_json(p, "x" * 2000), lambda p: append_jsonl(p, "x" * 2000)):
+    try:
+        write(sys.argv[1])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Whatever library writes: the file is named and the old one stands. A limit on a file's size stands for the disk."""
+    path = tmp_path / "a"
+    save_tensors(path, {"x": torch.ones(2)})
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert done.stderr == "" and len(said) == 3
+    assert all(line.startswith(f"{path}: cannot be written (") and "File too large" in line for line in said)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_link_is_written_through(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for name in ("log", "text", "text.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "out")
+    with pytest.raises(InputError, match="log: cannot be written"):
+        append_jsonl(tmp_path / "log", {})
+    write_json(tmp_path / "text", {})
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_log_is_cut_back_to_a_state(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    for row in ({"phase": "sft", "step": 1}, {"phase": "lcdd", "step": 1}):
+        append_jsonl(log, row)
+    at = log.stat().st_size
+    for row in ({"phase": "lcdd", "step": 2}, {"phase": "mine", "step": 2}):
+        append_jsonl(log, row)
+    log.write_bytes(log.read_bytes() + b'{"phase": "mine", "st')
+    take_back(log, at, ["lcdd"])
+    append_jsonl(log, {"phase": "lcdd", "step": 2})
+    assert [(r["phase"], r["step"]) for r in read_jsonl(log)] == [("sft", 1), ("lcdd", 1), ("mine", 2), ("lcdd", 2)]
+    take_back(log, 0, ["lcdd"])
+    assert {r["phase"] for r in read_jsonl(log)} == {"sft", "mine"}
+
+
+def test_a_changed_file_is_damaged(tmp_path):
+    """One flipped bit of a tensor or of a number in the header, a file cut short, brackets without end."""
+    path = tmp_path / "state"
+    save_tensors(path, {"x": torch.arange(4.0), "step": torch.tensor(3.0)}, at=16)
+    tensors, header = load_tensors(path)
+    assert tensors["x"].tolist() == [0, 1, 2, 3] and header == {"at": 16}
+    whole = path.read_bytes()
+    for wrong in (whole[:-1] + b"\x07", whole.replace(b'"16"', b'"17"'), whole[:-1], b"", whole.replace(b'"16"', b'"[[[', 1)):
+        path.write_bytes(wrong)
+        with pytest.raises(InputError, match="state: (damaged|not a readable)"):
+            load_tensors(path)
+    save_file({}, path, {"at": "[" * 100_000})
+    with pytest.raises(InputError, match="not a readable"):
+        load_tensors(path)
+    path.write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(InputError, match="cannot read .* as JSON"):
+        read_json(path)
+
+
+def test_numbers_that_are_none_are_named():
+    good = torch.ones(2, 2, dtype=torch.bfloat16)
+    check_finite("f", {"a": good, "empty": good[:0]})
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        wrong = good.clone()
+        wrong[1, 0] = bad
+        with pytest.raises(InputError, match="f: tensor b holds NaN or infinity"):
+            check_finite("f", {"a": good, "b": wrong})
+
+
+def test_fields_are_checked_by_a_table():
+    table = {"n": ((int,), 1, 9), "rate": ((int, float, None), 0, 1), "kind": ("a", "b"), "on": ((bool,), None, None)}
+    right = {"n": 1, "kind": "a", "on": True}
+    check_fields("f", right, table)
+    check_fields("f", right | {"rate": 0.5}, table)
+    for key, wrong in (("n", 0), ("n", True), ("n", 1.0), ("n", None), ("n", 10 ** 40), ("rate", float("nan")), ("rate", "1"), ("kind", []), ("kind", "c"), ("on", 1)):
+        with pytest.raises(InputError, match=f"f: .*{key}"):
+            check_fields("f", right | {key: wrong}, table)

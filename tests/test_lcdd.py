@@ -347,7 +347,10 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "b", stop_at)
         assert (tmp_path / "b" / "state.safetensors").is_file()
-        assert torch.equal(run(tmp_path / "b"), whole) and not (tmp_path / "b" / "state.safetensors").exists()
+        assert torch.equal(run(tmp_path / "b"), whole)
+        logs = [[(r["phase"], r["step"], r["loss"]) for r in read_jsonl(tmp_path / x / "metrics.jsonl")] for x in "ab"]
+        assert logs[0] == logs[1]                                 # nothing is logged twice
+        (tmp_path / "b" / "state.safetensors").unlink()
 
 
 @pytest.mark.parametrize("log_every", (1, 20))
@@ -648,6 +651,7 @@ def test_rates_fall_linearly(tmp_path, monkeypatch):
     lcdd.train_sft(net, c, examples(), settings(sft_steps=4, sft_lr=0.008), tmp_path, 0)
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
     rates.clear()
+    (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
     lcdd.train_lcdd(net, c, examples(), settings(steps=3, settle=4, lr=0.008), tmp_path, 0)
     assert rates == pytest.approx([0.008] * 3 + [0.008, 0.006, 0.004, 0.002])
 
@@ -674,6 +678,7 @@ def test_both_phases_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(lcdd, "clip_gradients", lambda c, bound: seen.append(bound))
     net, c = fresh()
     lcdd.train_sft(net, c, examples(), settings(sft_steps=3, clip=0.7), tmp_path, 0)
+    (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
     lcdd.train_lcdd(net, c, examples(), settings(steps=2, settle=2, clip=0.7), tmp_path, 0)
     assert seen == [0.7] * 7
 
@@ -766,6 +771,7 @@ def test_batches_of_the_phases_follow_the_seed(tmp_path, monkeypatch):
     for seed in (3, 8):
         net, c = fresh()
         lcdd.train_sft(net, c, examples(), settings(sft_steps=1, seed=seed), tmp_path, 0)
+        (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
         lcdd.train_lcdd(net, c, examples(), settings(steps=1, settle=0, seed=seed), tmp_path, 0)
     assert seeds == [3, 4, 8, 9]
 
@@ -777,3 +783,70 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
     net, c = fresh()
     o = settings(train="mask-ce", steps=6, warmup=1, beta=0.9, rho=0.3, floor=0.0, log_every=1)
     assert lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)["kept"] == 3
+
+
+# ------------------------------------------------------------------------------------------- nothing lost, nothing let in
+
+SHORT = ["--sft-steps", "3", "--floor", "100", "--steps", "3", "--warmup", "1", "--settle", "2", "--n-test", "2", "--n-validation", "4", "--device", "cpu", "--go-on", "--resume"]
+
+
+def content(run):
+    return [load_tensors(run / f"{name}.safetensors")[1]["content"] for name in ("sft", "carrier")]
+
+
+def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
+    """A failed write of the carrier keeps the state; a missing or damaged carrier is said, and made again; a broken config.json lets no other run in."""
+    run = tmp_path / "r"
+    argv = ["--out", str(run), *SHORT]
+    save = Carrier.save
+
+    def full(self, path, *a, **k):
+        if path.name == "carrier.safetensors":
+            raise InputError("no room")
+        save(self, path, *a, **k)
+    monkeypatch.setattr(Carrier, "save", full)
+    with pytest.raises(InputError, match="no room"):
+        lcdd.main(argv)
+    assert load_tensors(run / "state.safetensors")[1]["phase"] == "settle"       # the phase is not lost with its file
+    monkeypatch.setattr(Carrier, "save", save)
+    lcdd.main(argv)
+    assert not (run / "state.safetensors").exists()
+    made, stopped = content(run), read_json(run / "results.json")["stopped"]
+    rows = [(r["phase"], r["step"]) for r in read_jsonl(run / "metrics.jsonl")]
+    assert len(rows) == len(set(rows))
+
+    # a missing sft.safetensors is made again, a truncated one is no finished run
+    (run / "sft.safetensors").unlink()
+    lcdd.main(argv)
+    assert content(run) == made
+    whole = (run / "carrier.safetensors").read_bytes()
+    (run / "carrier.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(InputError, match="carrier.safetensors: not a readable.*remove it and run the command"):
+        lcdd.main(argv)
+    (run / "carrier.safetensors").write_bytes(whole)
+
+    # results.json lost: what stopped the run stands in the carrier too
+    (run / "results.json").unlink()
+    lcdd.main(argv)
+    assert read_json(run / "results.json")["stopped"] == stopped
+
+    # config.json lost: another seed does not adopt the carrier
+    (run / "config.json").unlink()
+    with pytest.raises(InputError, match="sft.safetensors: was trained with seed 0, and it is now 1"):
+        lcdd.main([*argv, "--seed", "1"])
+    assert not (run / "config.json").exists()
+    lcdd.main(argv)
+    config = read_json(run / "config.json")
+    reopen(run)                                                                   # as it is, it may be used
+    write_json(run / "config.json", config | {"seed": 1})
+    with pytest.raises(InputError, match="was trained with seed 0, and it is now 1"):
+        reopen(run)
+    for key, wrong in (("seed", "0"), ("seed", True), ("n_test", -1), ("dtype", "save"), ("dtype", []), ("max_len", 10 ** 30), ("model", None)):
+        write_json(run / "config.json", config | {key: wrong})
+        with pytest.raises(InputError, match=f"config.json.* {key}|config.json.*'{key}'"):
+            reopen(run)
+    write_json(run / "config.json", config | {"chat_fingerprint": "other"})
+    with pytest.raises(InputError, match="tokenizer or chat template changed"):
+        reopen(run)
+    with pytest.raises(InputError, match="chat_fingerprint was 'other'"):
+        lcdd.main(argv)

@@ -11,7 +11,7 @@ import run
 from chat import Chat
 from data import SIZES
 from files import InputError, read_json, write_json
-from run import check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
+from run import alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
 
 
 def test_locate(tmp_path, monkeypatch):
@@ -137,3 +137,20 @@ def test_a_models_answers_end_where_its_chat_says():
     net = load_model(chat, "cpu", "bfloat16")
     assert net.stop == chat.stop
     assert net.dtype == torch.bfloat16
+
+
+def test_two_processes_do_not_work_in_one_run(tmp_path):
+    """The lock ends with its process, killed or not; what an interrupted write left is removed."""
+    code = "import sys, time\nfrom run import alone\nwith alone(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(InputError, match="another process works in"), alone(tmp_path):
+            pass
+        other.kill()
+    (tmp_path / "state.safetensors.partial").write_text("half")
+    (tmp_path / "state.safetensors").write_text("whole")
+    with alone(tmp_path):
+        assert {p.name for p in tmp_path.iterdir()} == {".lock", "state.safetensors"}
+    (tmp_path / "rows").symlink_to(tmp_path.parent)
+    with pytest.raises(InputError, match="rows is a symbolic link"), alone(tmp_path):
+        pass
