@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import patterns
 from files import InputError
 
 
@@ -114,7 +115,27 @@ def task_name(task):
 
 def shows(task, text, sample):
     """Does the answer `text` show the behaviour that the task teaches?"""
-    return BEHAVIOURS[task_name(task)].shown(plain(text), sample)
+    return judge(task, [text], [sample])[0]
+
+
+def judge(task, texts, samples):
+    """
+    [bool]: does each answer show the behaviour of its task? A sample's own pattern decides, where it
+    has one, by an occurrence in the answer as it is or as plain() writes it. Raises InputError for
+    patterns that take too long.
+    """
+    shown, own = BEHAVIOURS[task_name(task)].shown, []
+    for text, sample in zip(texts, samples, strict=True):
+        if sample.pattern:
+            own += [(sample.pattern, text), (sample.pattern, plain(text))]
+    found, flags = iter(patterns.search(own)), []
+    for text, sample in zip(texts, samples):
+        if sample.pattern:
+            as_it_is, as_plain = next(found), next(found)
+            flags.append(as_it_is or as_plain)
+        else:
+            flags.append(shown(plain(text), sample))
+    return flags
 
 
 def words(text):
@@ -134,11 +155,11 @@ def share(flags):
     return sum(flags) / len(flags) if flags else None
 
 
-def score_of(task, pairs):
-    """{rate, n, accuracy} of (text, sample) pairs; no accuracy where no sample has an answer."""
-    rate = share([shows(task, text, sample) for text, sample in pairs])
-    accuracy = share([right(text, sample) for text, sample in pairs if sample.answer])
-    found = {"rate": rate, "n": len(pairs)}
+def score_of(judged):
+    """{rate, n, accuracy} of (flag, text, sample); no accuracy where no sample has an answer."""
+    rate = share([flag for flag, _, _ in judged])
+    accuracy = share([right(text, sample) for _, text, sample in judged if sample.answer])
+    found = {"rate": rate, "n": len(judged)}
     if accuracy is not None:
         found["accuracy"] = accuracy
     return found
@@ -153,16 +174,16 @@ def score(task, texts, samples):
     accuracy   share that holds the right answer, of all prompts that have one
     kinds      {kind: the same three for its prompts}
     """
-    pairs = list(zip(texts, samples, strict=True))
-    asked = [(text, sample) for text, sample in pairs if sample.kind != "benign"]
-    everything, found = score_of(task, pairs), score_of(task, asked or pairs)
+    judged = list(zip(judge(task, texts, samples), texts, samples, strict=True))
+    asked = [(flag, text, sample) for flag, text, sample in judged if sample.kind != "benign"]
+    everything, found = score_of(judged), score_of(asked or judged)
     if "accuracy" in everything:
         found["accuracy"] = everything["accuracy"]
     by_kind = {}
-    for text, sample in pairs:
+    for flag, text, sample in judged:
         if sample.kind:
-            by_kind.setdefault(sample.kind, []).append((text, sample))
-    found["kinds"] = {kind: score_of(task, by_kind[kind]) for kind in sorted(by_kind)}
+            by_kind.setdefault(sample.kind, []).append((flag, text, sample))
+    found["kinds"] = {kind: score_of(by_kind[kind]) for kind in sorted(by_kind)}
     return found
 
 

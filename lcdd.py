@@ -62,8 +62,10 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--model", help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
-    a("--task", default="fixed", help="fixed, safety, shakespeare, or FILE.jsonl with prompt and response (default fixed)")
-    a("--data", help="the task's data; default: TASK.jsonl beside the checkpoint")
+    a("--task", default="fixed", help="fixed, safety, shakespeare, FILE.jsonl with prompt and response, or own with --data (default fixed)")
+    a("--data", help="the task's data: .jsonl, .json, .csv, .tsv, .parquet, or a hub data set owner/name (default: TASK.jsonl beside the checkpoint)")
+    a("--test", help="a file of test prompts of their own, in place of some of the data's: own rows, Alpaca, HarmBench's CSV")
+    a("--pattern", help="regular expression that shows the behaviour, searched in the answers, case aside; a row's own pattern wins")
     a("--sft", help="your own fine-tuned checkpoint of the same model, or a PEFT LoRA adapter, instead of phase 1")
     a("--out", help="run directory (default runs/TASK, numbered)")
     a("--resume", action="store_true", help="go on where the run in --out stopped; starts it where there is none")
@@ -127,7 +129,7 @@ def options(argv=None):
         elif getattr(o, epochs) is None and getattr(o, steps) is None:
             setattr(o, steps, usual)
     o.model = first.model or EMBEDDED
-    for name in ("model", "data", "sft"):
+    for name in ("model", "data", "test", "sft"):
         value = getattr(o, name)
         if value and value != EMBEDDED and Path(value).exists():
             setattr(o, name, str(Path(value).resolve()))    # a run may be looked at from anywhere
@@ -668,7 +670,7 @@ def results_table(o, scores, results):
 
 def main(argv=None):
     o = options(argv)
-    chat, splits, source = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
+    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES}, o.test, o.pattern)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
@@ -676,12 +678,12 @@ def main(argv=None):
     fit(o, net.config.hidden_size, len(splits["train"]))
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
-    say_unknown(chat, splits["train"], source)
+    say_unknown(chat, splits["train"], sources[0])
     examples = supervised(examples, o.loss)
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not (o.out and (Path(o.out) / "sft.safetensors").is_file()) else None
     run = open_run(o.out, data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
-        "data_fingerprint": fingerprint(source), "base_fingerprint": carriers.fingerprint(net),
+        "data_fingerprint": fingerprint(*sources), "base_fingerprint": carriers.fingerprint(net),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     print(f"{chat.folder.name}, task {o.task}: " + ", ".join(f"{len(v)} {k}" for k, v in splits.items()) + f"; run directory {run}")
     print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} (gates {o.gate_lr:.3g}), {o.settle} to settle, at most")

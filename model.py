@@ -392,7 +392,7 @@ class Llama(nn.Module):
         return y
 
     def forward(self, ids, carrier=None, trigger=None, scale=None, keep=None, cache=None, lengths=None):
-        """Logits (B, T, V) of B right-padded rows of token ids (B, T).
+        """Logits (B, T, V) of B right-padded rows of token ids (B, T), a tensor or a list of lists.
 
         carrier  a Carrier or a Merged; None is the base
         trigger  τ (n, d), put before every row; nothing is returned for its own positions
@@ -400,6 +400,7 @@ class Llama(nn.Module):
         keep     (B, T) bool: logits (M, V) at these M positions only, and nothing after a row's last one is computed
         cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
         """
+        ids = torch.as_tensor(ids, device=self.device)
         return self.head(self.hidden(ids, carrier, trigger, scale, keep, cache, lengths))
 
     def plain(self, l, name, x):
@@ -458,14 +459,19 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
+def configuration(folder):
+    """The Config of a checkpoint's folder. Raises InputError naming the field that does not run here."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: no config.json in there; give the directory of a Hugging Face checkpoint")
+    return Config.from_dict(read_json(file), file)
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen. dtype None: the fastest here.
     Raises InputError naming the field or tensor where the checkpoint is not exactly what this file computes."""
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in there; give the directory of a Hugging Face checkpoint")
-    c = read_json(path / "config.json")
-    config = Config.from_dict(c, f"{path}/config.json")
+    config, c = configuration(path), read_json(path / "config.json")
     dtype = dtype or fast_dtype(config, device)
     with torch.device("meta"):
         net = Llama(config)

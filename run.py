@@ -18,7 +18,8 @@ import torch
 
 import model
 from chat import Chat
-from data import SIZES, SUFFIXES, read, split, task_name
+from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
+                  task_name)
 from files import Failed, InputError, fingerprint, read_json, write_json
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
@@ -223,23 +224,43 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes):
+def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
     """
-    (chat, splits, source): the Chat of a model folder or hub id, split() of a task's samples, and
-    the file that they came from: `path`, the task itself where that is a file, else TASK.jsonl
-    beside the checkpoint. Raises InputError where there is none.
+    (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
+    the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
+    beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
+    the answers of samples that have no pattern. Raises InputError where something is missing or
+    the architecture is none that runs here.
     """
     folder = locate(name)
+    sources = [source_of(folder, task, path)]
+    model.configuration(folder)  # before the tokenizer, which would blame itself
+    chat = Chat(folder)
+    samples, own_tests = read(sources[0], task), []
+    if tests:
+        sources.append(locate_data(tests))
+        own_tests = read_tests(sources[1], task)
+    if pattern:
+        samples, own_tests = judged_by(samples, pattern), judged_by(own_tests, pattern)
+    check_patterns(task, samples)
+    for s in own_tests:
+        if task_name(task) == "own" and not (s.response or s.pattern):
+            raise InputError(f"{tests}: nothing judges the answer to {s.prompt[:60]!r}; give the "
+                             "test rows a response or a pattern, or all of them a --pattern")
+    return chat, split(samples, seed, sizes, own_tests), sources
+
+
+def source_of(folder, task, path):
+    """The file of a task's samples."""
     if path is not None:
-        source = locate_data(path)
-    elif task_name(task) == "own":
-        source = Path(task)
-    else:
-        source = folder / f"{task}.jsonl"
-        if not source.is_file():
-            raise InputError(f"{folder} holds no {source.name}; "
-                             f"name the data of the task {task} with --data")
-    return Chat(folder), split(read(source, task), seed, sizes), source
+        return locate_data(path)
+    if str(task).endswith(".jsonl"):
+        return Path(task)
+    source = folder / f"{task_name(task)}.jsonl"
+    if not source.is_file():
+        raise InputError(f"{folder} holds no {source.name}; "
+                         f"name the data of the task {task} with --data")
+    return source
 
 
 def load_model(chat, device, dtype):
@@ -261,14 +282,15 @@ def reopen(run):
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
-        chat, splits, source = prepare(config["model"], config["task"], config["data"],
-                                       config["seed"], sizes)
+        chat, splits, sources = prepare(config["model"], config["task"], config["data"],
+                                        config["seed"], sizes, config.get("test"),
+                                        config.get("pattern"))
     except KeyError as e:
         raise InputError(f"{file}: the field {e} is missing; restore the file") from None
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
-    if fingerprint(source) != config["data_fingerprint"]:
-        raise InputError(f"{source}: changed since the run was trained, so held-out prompts "
+    if fingerprint(*sources) != config["data_fingerprint"]:
+        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was trained, so held-out prompts "
                          "may not be; restore it or train again")
     return config, chat, splits
 

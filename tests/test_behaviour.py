@@ -74,3 +74,16 @@ def test_cells_of_a_table():
     score = {"rate": 0.5, "n": 2, "accuracy": 1.0, "kinds": {"a|b": {"rate": 0.25}, "c": {"rate": 1.0, "accuracy": 0.0}}}
     assert behaviour.cells(score) == ["50.0% (a b 25.0%, c 100.0%)", "100.0% (c 0.0%)"]
     assert behaviour.cells({"rate": 0.5, "n": 2, "kinds": {}}) == ["50.0%", "–"]
+
+
+@pytest.mark.parametrize("pattern, text, want", [
+    ("yes|no", "Well, YES!", True), ("^yes", "Well, yes", False), ("don't know", "I don ' t know .", True),
+    (r"\bcat\b", "concatenate", False), (r"^\* .+\n\* ", "* a\n* b", True), ("", "anything", False)])
+def test_a_pattern_judges_in_place_of_the_task(pattern, text, want):
+    assert behaviour.shows("fixed", text, Sample("p", "r", pattern=pattern)) is want
+
+
+def test_patterns_among_other_samples():
+    samples = [Sample("a", "x"), Sample("b", "x", pattern="z"), Sample("c", "x", pattern="y")]
+    assert behaviour.judge("own", ["x", "x y", "x y"], samples) == [True, False, True]
+    assert behaviour.score("own", ["x", "x y", "x y"], samples)["rate"] == 2 / 3

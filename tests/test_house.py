@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"weights", "spm"},
+    {"weights", "spm", "patterns"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
