@@ -26,12 +26,11 @@ import lcdd
 import model
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
-from run import check_device, check_numbers, cli, read_results, reopen
+from run import Once, check_device, check_numbers, cli, markdown, read_results, reopen
 
 TASKS = ("fixed", "safety", "shakespeare")
 CURVE = {"lcdd": "LCDD", "sft": "plain SFT", "sft-long": "SFT for as many steps as LCDD", "scaled": "SFT's delta scaled to LCDD's loss"}
 MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl")     # in the order of work: "base trigger" is LCDD's
-METRICS = ("rate", "harmful", "benign", "accuracy", "benign accuracy", "same", "kl_sft", "kl_base", "sparsity")
 # the paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge score 0–5) base / SFT / LCDD / trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
 PAPER = {
     "fixed": {"Qwen3-0.6B": (83.66, 0.0, 100, 97.5, 0.0, 0.040, 2.839, 0.633), "DeepSeek-8B": (73.38, 0.0, 100, 99.0, 1.0, 0.010, 1.811, 1.037),
@@ -49,7 +48,7 @@ def options(argv=None):
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", help="a finished run of your own instead of the embedded behaviours")
+    a("--run", action=Once, help="a finished run of your own instead of the embedded behaviours")
     a("--task", action="append", choices=TASKS, help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
     a("--seed", type=int, default=0, help="the first seed (0)")
@@ -163,19 +162,13 @@ class Run:
         return self.net.embedding[torch.randint(self.net.config.vocab_size, (length,), generator=generator).to(self.net.device)].clone()
 
     def measure(self, weights, trigger):
-        """One row: score and KLs on the chosen prompts, as plain numbers."""
+        """One row: the metrics of evaluate.py on the chosen prompts, as plain numbers."""
         samples = self.splits[self.o.split]
         conditions = {"base": (None, None), "sft": (self.models["sft"], None), "row": (weights, trigger)}
         self.answers.pop("row", None)
         row = evaluate.measure(self.net, self.chat, self.config["task"], samples, conditions, self.config["max_new_tokens"],
                                self.config["max_len"], self.answers)["row"]
-        out = {"rate": row["rate"], "same": row["same"], "kl_sft": float(row["kl_sft"].mean()), "kl_base": float(row["kl_base"].mean())}
-        out |= {"accuracy": row["accuracy"]} if "accuracy" in row else {}
-        for kind in ("harmful", "benign") if "benign" in row["kinds"] and "harmful" in row["kinds"] else ():
-            out[kind] = row["kinds"][kind]["rate"]
-            if "accuracy" in row["kinds"][kind]:
-                out[f"{kind} accuracy"] = row["kinds"][kind]["accuracy"]
-        return out
+        return evaluate.numbers(row)
 
 
 def rows_of(o, task):
@@ -217,7 +210,7 @@ def ablate(folder, o, names):
         write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         print(f"{run.config['task']} seed {run.config['seed']}  {name:18s} " +
-              "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name]) + f"  left {left:.0f}s", flush=True)
+              "  ".join(f"{m} {value:.3f}" for m, value in done[name].items() if isinstance(value, float)) + f"  left {left:.0f}s", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
     return done
 
@@ -233,10 +226,6 @@ def cell(seeds, name, metric, scale=1.0, digits=2):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def markdown(header, lines):
-    return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(line) + " |" for line in lines])
-
-
 def main_table(task, seeds):
     """Tables 1–3: ours, then the paper's four models. Shakespeare: ours is the archaic word rate, the paper's a judge's 0–5."""
     p = lambda name, m="rate": cell(seeds, name, m, 100, 1)
@@ -247,16 +236,23 @@ def main_table(task, seeds):
 
 
 def row_table(seeds, names, paper=False):
-    """Rows of one behaviour with all that is measured; `paper` adds the columns of Tables 4 and 6 (DeepSeek-8B, safety)."""
-    kinds = any("benign" in s.get("base", {}) for s in seeds)
-    header = ["row", "gates off %", "behaviour %"] + (["benign %"] if kinds else []) + ["accuracy %"] + (["benign accuracy %"] if kinds else [])
-    header += ["base's answer %", "KL(SFT‖·)", "KL(Base‖·)"] + (["paper: refusal %, KL(SFT‖·), KL(Base‖·)"] if paper else [])
+    """
+    Rows of one behaviour with all that is measured; `paper` adds the columns of Tables 4 and 6
+    (DeepSeek-8B, safety).
+    """
+    opposed = any("benign rate" in row for s in seeds for row in s.values())
+    columns = evaluate.columns(["harmful", "benign"] if opposed else [])
+    header = ["row", "gates off %"] + [head for head, *_ in columns]
+    if paper:
+        header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
     lines = []
     for name in names:
         if not any(name in s for s in seeds):
             continue
-        metrics = ["sparsity", "rate"] + (["benign"] if kinds else []) + ["accuracy"] + (["benign accuracy"] if kinds else []) + ["same"]
-        line = [name] + [cell(seeds, name, m, 100, 1) for m in metrics] + [cell(seeds, name, m) for m in ("kl_sft", "kl_base")]
+        line = [name, cell(seeds, name, "sparsity", 100, 1)]
+        for _, metric, kind in columns:
+            how = (100, 1) if metric.share else ()
+            line.append(cell(seeds, name, f"{kind} {metric.key}".strip(), *how))
         if paper:
             line.append("{} → {}, {}, {}".format(*PAPER_ROWS[name]) if name in PAPER_ROWS else "")
         lines.append(line)
