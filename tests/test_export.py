@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
+import eraser
 import export
 import lcdd
 import lora
