@@ -2,8 +2,6 @@
 PY := .venv/bin/python
 TASK ?= fixed
 RUN ?= runs/$(TASK)
-# threads that spin while they wait slow a busy machine down several-fold
-export OMP_WAIT_POLICY := passive
 
 .PHONY: run setup test table bench clean
 

@@ -6,13 +6,14 @@ Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·
 A carrier is handed to the forward pass (`net(ids, carrier=c)`). It comes in two states: `Carrier`, whose gates and
 deltas train, and `Merged`, frozen weights for everything that only reads (generation, KL, the trigger).
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import copy
 import functools
 import hashlib
 import math
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,7 +249,10 @@ class Carrier(nn.Module):
         return other
 
     def open_blocks(self):
-        """(name of the tensor, Δ, its open rows, its open columns) of every projection in which any entry is on."""
+        """
+        (name of the tensor, Δ, its open rows, its open columns) of every projection in which any
+        entry is on.
+        """
         for l, layer in enumerate(self.split(self.logits > 0)):
             for name, delta in self.delta[l].items():
                 rows, cols = (gate.nonzero().squeeze(1) for gate in self.vectors(layer, name))
@@ -258,12 +262,14 @@ class Carrier(nn.Module):
     @torch.no_grad()
     def save(self, path, net, dtype=None, logits=False, **metadata):
         """
-        Write the packed file, whole or not at all: Δ where both gates are open, and the gates at one bit each.
+        Write the packed file, whole or not at all: Δ where both gates are open, and the gates at
+        one bit each.
 
-        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for training that is to go on.
-        metadata: JSON values for the header. What Δ holds under shut gates is dropped.
+        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for
+        training that is to go on. metadata: JSON values for the header. What Δ holds under shut
+        gates is dropped.
         """
-        tensors = {"gates": pack_bits(self.logits > 0)}                                      # (L, ⌈gates a layer / 8⌉)
+        tensors = {"gates": pack_bits(self.logits > 0)}                                  # (L, ⌈gates / 8⌉)
         if logits:
             tensors["logits"] = self.logits.detach().cpu()
         for name, delta, rows, cols in self.open_blocks():
@@ -290,24 +296,26 @@ class Merged:
         return lambda l, name, x: F.linear(x, self.weights[l][name], net.projections[l][name].bias)
 
 
-# ------------------------------------------------------------------------------------------------------ the carrier's file
+# ------------------------------------------------------------------------------- the carrier's file
 
 def digest(tensors, dtype=None):
-    """A short hash of named tensors, rounded to `dtype` where one is given: of names, shapes and bytes."""
-    def one(name):
+    """
+    A short hash of named tensors' names, shapes and bytes, after rounding to `dtype` if given.
+    """
+    h = hashlib.sha256()
+    for name in sorted(tensors):
         t = tensors[name].detach()
         t = t.to("cpu", dtype or t.dtype).contiguous()
-        return f"{name} {tuple(t.shape)} {hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest()}"
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        lines = "\n".join(pool.map(one, sorted(tensors)))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+        h.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        h.update(t.view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
 
 
 def fingerprint(net):
     """
-    A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that one checkpoint has
-    one fingerprint in every precision. Computed once a net: the base's weights are never changed.
+    A short hash of the base that a carrier belongs to: of all its weights, rounded to bf16, so that
+    one checkpoint has one fingerprint in every precision. Computed once a net: the base's weights
+    are never changed.
     """
     if not hasattr(net, "fingerprint"):
         net.fingerprint = digest(net.state_dict(), torch.bfloat16)
@@ -315,7 +323,9 @@ def fingerprint(net):
 
 
 def pack_bits(gates):
-    """(L, gates a layer) bool → (L, ⌈gates a layer / 8⌉) uint8, the first gate in the highest bit."""
+    """
+    (L, gates a layer) bool → (L, ⌈gates a layer / 8⌉) uint8, the first gate in the highest bit.
+    """
     return torch.from_numpy(np.packbits(gates.cpu().numpy(), axis=1))
 
 
@@ -325,25 +335,32 @@ def unpack_bits(packed, count):
 
 
 def read_packed(path):
-    """(tensors, header) of a packed carrier file. Raises InputError where it has another format or is damaged."""
+    """
+    (tensors, header) of a packed carrier file. Raises InputError where it has another format or is
+    damaged.
+    """
     tensors, header = load_tensors(path)
     if header.get("format") != FORMAT:
-        raise InputError(f"{path}: no carrier of format {FORMAT} (its header says {header.get('format')}); run the command that writes it again")
+        raise InputError(f"{path}: no carrier of format {FORMAT} (its header says "
+                         f"{header.get('format')}); run the command that writes it again")
     if header.get("content") != digest(tensors):
-        raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, or run the command that writes it again")
+        raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, "
+                         "or run the command that writes it again")
     return tensors, header
 
 
 def load(path, net, dtype=None):
     """
-    The carrier in `path`, on the base `net`; Δ in `dtype` (None: as in the file). Logits are +1 and −1 where the file
-    has gates only. Raises InputError if it was made on another base, has another format, is damaged or incomplete.
+    The carrier in `path`, on the base `net`; Δ in `dtype` (None: as in the file). Logits are +1 and
+    −1 where the file has gates only. Raises InputError if it was made on another base, has another
+    format, is damaged or incomplete.
     """
     tensors, header = read_packed(path)
     if header.get("base") != fingerprint(net):
-        raise InputError(f"{path}: this carrier was made on another base model; load the one named in its config.json")
-    stored = next((t.dtype for name, t in tensors.items() if name.startswith("delta.")), torch.float32)
-    carrier = Carrier(net.config, dtype or stored, net.device)
+        raise InputError(f"{path}: this carrier was made on another base model; load the one named in "
+                         "its config.json")
+    stored = [t.dtype for name, t in tensors.items() if name.startswith("delta.")]
+    carrier = Carrier(net.config, dtype or (stored or [torch.float32])[0], net.device)
     try:
         gates = unpack_bits(tensors.pop("gates"), carrier.logits.shape[1])
         logits = tensors.pop("logits", gates.float() * 2 - 1)
@@ -356,9 +373,11 @@ def load(path, net, dtype=None):
                 else:
                     delta[rows[:, None], cols] = block.view(len(rows), len(cols))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: incomplete or misshapen carrier ({' '.join(str(error).split())[:200]})") from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: incomplete or misshapen carrier ({said})") from None
     if tensors:
-        raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the file")
+        raise InputError(f"{path}: tensor {next(iter(tensors))} belongs to no open gates; restore the "
+                         "file")
     return carrier
 
 
@@ -368,20 +387,23 @@ def annotate(path, **metadata):
     save_tensors(path, tensors, **(header | metadata))
 
 
-# ------------------------------------------------------------------------------------------------------- a look at a file
+# --------------------------------------------------------------------------------- a look at a file
 
 def describe(path):
     """
-    What a packed carrier file holds, as text: base, task, sizes; a layer a line, the share of open gates of each group
-    as a bar with their number beside it, and the layer's write channels (Eq. 5).
+    What a packed carrier file holds, as text: base, task, sizes; a layer a line, how many gates of
+    each group are open, their share as a bar (full height: the largest share in the file), and the
+    layer's write channels (Eq. 5).
     """
     tensors, header = read_packed(path)
     groups = header["groups"]
     gates = unpack_bits(tensors["gates"], sum(groups.values()))
     parts = dict(zip(groups, gates.split(list(groups.values()), dim=1)))                     # group → (L, length)
+    largest = max(float(part.float().mean(1).max()) for part in parts.values())
     writes = (parts["attn_write"] | parts["ffn_write"]).sum(1).tolist()
     blocks = [t for name, t in tensors.items() if name.startswith("delta.")]
-    entries, size = sum(t.numel() for t in blocks), sum(t.numel() * t.element_size() for t in blocks)
+    entries = sum(t.numel() for t in blocks)
+    size = sum(t.numel() * t.element_size() for t in blocks)
     dtype = str(blocks[0].dtype).removeprefix("torch.") if blocks else "no dtype"
     n_open, total = header["gates"]["open"], header["gates"]["total"]
 
@@ -389,7 +411,8 @@ def describe(path):
     for key in ("task", "phase", "metrics", "settings"):
         if key in header:
             lines.append(f"{key}: {show_value(header[key])}")
-    lines.append(f"gates open {n_open} of {total} ({n_open / total:.1%}); entries of Δ on {entries} ({1 - header['entries_off']:.2%}), "
+    lines.append(f"gates open {n_open} of {total} ({n_open / total:.1%}); "
+                 f"entries of Δ on {entries} ({1 - header['entries_off']:.2%}), "
                  f"{dtype}, {size:,} bytes of the file's {Path(path).stat().st_size:,}")
     lines.append("")
     lines.append("layer " + "".join(f"{group:>12}" for group in groups) + "   writes to")
@@ -397,7 +420,7 @@ def describe(path):
         cells = []
         for group, part in parts.items():
             count = int(part[l].sum())
-            cells.append(f"{count:>10} {bar(count / part.shape[1])}")
+            cells.append(f"{count:>10} {bar(count / part.shape[1] / largest if count else 0)}")
         lines.append(f"{l:>5} " + "".join(cells) + f"{write:>12}")
     return "\n".join(lines)
 
@@ -420,10 +443,12 @@ def main():
     p.add_argument("command", choices=["show"])
     p.add_argument("file", help="carrier.safetensors or sft.safetensors of a run")
     try:
-        print(describe(p.parse_args().file))
+        print(describe(p.parse_args().file), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                      # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

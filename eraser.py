@@ -10,6 +10,7 @@ the next-token distributions to the base's (Eq. 8), R keeps τ small, and a proj
 
 Shapes: P prompts, B of them in a batch, n trigger tokens, k positions of Eq. 8, L layers, d hidden size, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import math
 import shlex

@@ -9,6 +9,7 @@ What a run gives: base, SFT, LCDD and LCDD + trigger side by side (Sec. 4, App. 
 One greedy generate() and one scoring path serve every condition; the KLs are exact over the
 vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import math
 import re
@@ -448,11 +449,13 @@ def options(argv=None):
     return o
 
 
-def conditions_of(run, name, net, carrier):
+def conditions_of(run, net, name="trigger"):
     """
-    ({condition: (Merged or None, trigger or None)}, what results.json says of the trigger) of a
-    run. Raises InputError where a trigger of another name than the usual is not there.
+    (LCDD carrier, {condition: (Merged or None, trigger or None)}, {"trigger": facts about it}) of a
+    run directory, with its trigger file of that name where there is one. Raises InputError where
+    another name than "trigger" is not there.
     """
+    carrier = carriers.load(run / "carrier.safetensors", net)
     sft = carriers.load(run / "sft.safetensors", net).merge(net)
     conditions = {"base": (None, None), "sft": (sft, None), "lcdd": (carrier.merge(net), None)}
     file = run / f"{name}.safetensors"
@@ -460,11 +463,12 @@ def conditions_of(run, name, net, carrier):
         tau, settings = eraser.load(file, net)
         target = settings.get("target", "lcdd")
         conditions["trig"] = (conditions[target][0], tau)
-        return conditions, {"trigger": {"name": name, "target": target, "length": len(tau)}}
+        found = {"trigger": {"name": name, "target": target, "length": len(tau)}}
+        return carrier, conditions, found
     if name != "trigger":
         raise InputError(f"{file}: no such trigger; learn it with eraser.py --name {name}")
     print(f"no trigger yet: python eraser.py --run {run}")
-    return conditions, {}
+    return carrier, conditions, {}
 
 
 def ask(net, chat, config, conditions, found, texts):
@@ -536,8 +540,7 @@ def main(argv=None):
     samples, before = splits["test"], read_results(run)
     before.pop("trigger", None)
     net = load_model(chat, o.device, config["dtype"])
-    carrier = carriers.load(run / "carrier.safetensors", net)
-    conditions, found = conditions_of(run, o.trigger, net, carrier)
+    carrier, conditions, found = conditions_of(run, net, o.trigger)
     if o.ask:
         return ask(net, chat, config, conditions, found, o.ask)
     if o.dose:

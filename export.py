@@ -1,20 +1,23 @@
-"""A run's result where people already are: a merged checkpoint, a PEFT LoRA adapter, the trigger as PEFT prompt tuning.
+"""A run's result where people already are: a merged checkpoint, a PEFT LoRA adapter, the trigger as
+PEFT prompt tuning.
 
-    python export.py --run runs/fixed --to exported --as merged lora prompt     exported/merged, exported/lora, exported/prompt
-    python export.py --run runs/fixed --to exported --as merged --which sft     plain SFT instead of the LCDD carrier
+    python export.py --run runs/fixed --to exported --as merged lora prompt     a folder for each
+    python export.py --run runs/fixed --to exported --as merged --which sft     plain SFT, not LCDD
 
-merged   a checkpoint as the base's: same shards, tokenizer, template, configuration; nothing in it can be switched off
+merged   a checkpoint as the base's: same shards, tokenizer, template; nothing can be switched off
 lora     an adapter beside the base: without it, or with disable_adapter(), the model is the base
 prompt   the trigger of the same run, before the merged model or the base with the adapter
 
 Each folder has a README.md that says what is in it and how it is loaded.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import contextlib
 import os
 import re
 import shutil
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -29,35 +32,41 @@ from files import InputError, read_json, write_json
 from run import EMBEDDED, Once, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
-MARKER = "export.json"                                # a folder with this file in it was written here, and may be written again
-COMPANIONS = (".json", ".jinja", ".model", ".txt")    # what is taken along with the weights: configuration, tokenizer, template
-RANK_LIMIT = 64                                       # engines that serve adapters side by side stop at ranks of this order
+MARKER = "export.json"   # a folder with this file in it was written here, and may be written again
+COMPANIONS = (".json", ".jinja", ".model", ".txt")   # of files that are taken along with the weights
+RANK_LIMIT = 64          # engines that serve adapters side by side stop at ranks of this order
 
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--to", required=True, help="folder in which a folder is made for each export")
-    a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write; several at once")
-    a("--which", choices=("lcdd", "sft"), default="lcdd", help="the LCDD carrier or plain SFT (lcdd)")
-    a("--dtype", choices=("float32", "float16", "bfloat16"), help="of the merged checkpoint (default: as the base's files)")
+    a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write")
+    a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")
+    a("--dtype", choices=("float32", "float16", "bfloat16"),
+      help="of the merged checkpoint (default: as the base's files)")
     a("--trigger", default="trigger", help="name of the trigger file in the run (trigger)")
     return p.parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 @contextlib.contextmanager
 def replacing(folder, **facts):
     """
-    A new folder to write to that takes the place of `folder` once everything is in it; of nothing where writing fails.
+    A new folder to write to that takes the place of `folder` once everything is in it; of nothing
+    where writing fails.
 
-    facts stand in its marker file. Raises InputError where `folder` has something in it that was not written here.
+    facts stand in its marker file. Raises InputError where `folder` has something in it that was
+    not written here.
     """
-    if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} was not written by export.py, and is left as it is; choose another --to")
+    empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
+    if not empty and not (folder / MARKER).is_file():
+        raise InputError(f"{folder} was not written by export.py, and is left as it is; choose "
+                         "another --to")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
@@ -79,15 +88,16 @@ def companions(source):
             yield path
 
 
-# ------------------------------------------------------------------------------------------------------------ the exports
+# -------------------------------------------------------------------------------------- the exports
 
 @torch.no_grad()
 def write_merged(folder, source, carrier, dtype=None):
     """
-    The checkpoint in `source` with W_b + (r ⊗ c) ⊙ Δ in place of W_b (Eq. 1), shard by shard, and what belongs to it.
+    The checkpoint in `source` with W_b + (r ⊗ c) ⊙ Δ in place of W_b (Eq. 1), shard by shard, and
+    what belongs to it.
 
-    dtype of the weights; None: each as it is stored. The sum is taken in fp32 and rounded once. Returns how much of Δ
-    rounding moved: ‖rounded − exact‖ / ‖Δ‖ over the open entries.
+    dtype of the weights; None: each as it is stored. The sum is taken in fp32 and rounded once.
+    Returns how much of Δ rounding moved: ‖rounded − exact‖ / ‖Δ‖ over the open entries.
     """
     blocks = {}
     for name, delta, rows, cols in carrier.open_blocks():
@@ -115,30 +125,34 @@ def write_merged(folder, source, carrier, dtype=None):
     if index is not None:
         found = read_json(index)
         found["metadata"] = {**(found.get("metadata") or {}), "total_size": int(total)}
-        found["weight_map"] = {name: as_safetensors(file) for name, file in found["weight_map"].items() if not name.endswith(weights.NO_WEIGHT)}
+        found["weight_map"] = {name: as_safetensors(file) for name, file in found["weight_map"].items()
+                               if not name.endswith(weights.NO_WEIGHT)}
         write_json(folder / as_safetensors(index.name), found)
     if dtype is not None:
         config = read_json(folder / "config.json")
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+        field = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[field] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", config)
     return (missed / size) ** 0.5 if size else 0.0
 
 
 def as_safetensors(name):
-    """The name of a file of weights, or of their index, in safetensors' form; such a one stays as it is."""
+    """The name of a file of weights, or of their index, in safetensors' form."""
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 def write_prompt(folder, tau, config, base):
-    """The trigger τ (n, d) as PEFT prompt tuning for a model of this config.json, of that name or path."""
-    save_file({"prompt_embeddings": tau.cpu().contiguous()}, folder / lora.WEIGHTS, {"format": "pt"})
+    """The trigger τ (n, d) as PEFT prompt tuning, for a model of that configuration and name or path."""
+    tensors = {"prompt_embeddings": tau.cpu().contiguous()}
+    save_file(tensors, folder / lora.WEIGHTS, {"format": "pt"})
     write_json(folder / lora.CONFIG, {
-        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "num_virtual_tokens": len(tau), "token_dim": tau.shape[1], "num_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads, "num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"})
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True, "prompt_tuning_init": "RANDOM", "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(tau), "token_dim": tau.shape[1],
+        "num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads})
 
 
-# --------------------------------------------------------------------------------------------------------- the model card
+# ----------------------------------------------------------------------------------- the model card
 
 LOADING = {
     "merged": """
@@ -156,16 +170,16 @@ LOADING = {
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{here}")
         model.generate(**batch)                                          # with the behaviour
         with model.disable_adapter():
-            model.generate(**batch)                                      # without it: the base, exactly
-        model.generate(**batch, adapter_names=["default", "__base__"])   # row by row, for a batch of two
+            model.generate(**batch)                                      # without it: the base
+        model.generate(**batch, adapter_names=["default", "__base__"])   # row by row: two rows
     """,
     "prompt": """
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained("{merged}")         # with the behaviour
-        triggered = PeftModel.from_pretrained(model, "{here}")           # the trigger before every row: without it
-        triggered.generate(**batch, use_cache=False)                     # peft 0.21 on transformers 5 errs with a cache
+        triggered = PeftModel.from_pretrained(model, "{here}")           # without it: the trigger
+        triggered.generate(**batch, use_cache=False)   # peft 0.21 on transformers 5 errs with a cache
 
         model = AutoModelForCausalLM.from_pretrained("{base}")           # the same with the adapter
         model.load_adapter("{lora}")
@@ -183,36 +197,41 @@ def licence_of(source):
 
 
 def card(kind, folder, base, source, task, which, facts, results):
-    """README.md of an export: what it is, how it is loaded with and without the behaviour, what was measured."""
-    name = base if base != str(source) else source.name                  # a hub id, or a folder without its way there
+    """README.md of an export: what it is, how it is loaded with and without it, what was measured."""
+    name = base if base != str(source) else source.name   # a hub id, or a folder without its way there
     licence = licence_of(source)
-    head = ["library_name: " + ("transformers" if kind == "merged" else "peft"), "pipeline_tag: text-generation"]
+    library = "transformers" if kind == "merged" else "peft"
+    head = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base != str(source):
         head.append(f"base_model: {base}")
     if licence:
         head.append(f"license: {licence}")
     what = {"merged": "the base with the behaviour merged into its weights",
-            "lora": "the behaviour as a LoRA adapter beside the base, exact to the last bit of its delta",
-            "prompt": "a soft trigger that switches the behaviour off again, as PEFT prompt tuning"}[kind]
-    means = {"lcdd": "a sparse carrier of an SFT behaviour, found by Loss-Constrained Dual Descent", "sft": "plain SFT"}[which]
-    loading = LOADING[kind].format(here=folder.name, base=name, merged="merged", lora="lora")
-    lines = ["---", *head, "---", "", f"# {name}, task {task}: {kind}", "", f"This is {what}: {means}.", ""]
+            "lora": "the behaviour as a LoRA adapter beside the base, its delta exactly",
+            "prompt": "a soft trigger that switches the behaviour off, as PEFT prompt tuning"}[kind]
+    means = {"lcdd": "a sparse carrier of an SFT behaviour, found by Loss-Constrained Dual Descent",
+             "sft": "plain SFT"}[which]
+    code = LOADING[kind].format(here=folder.name, base=name, merged="merged", lora="lora")
+    lines = ["---", *head, "---", "", f"# {name}, task {task}: {kind}", ""]
+    lines += [f"This is {what}: {means}.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines.append(f"- licence: that of the base{f', {licence}' if licence else ''}")
-    lines += ["", "## Loading", "", "```python", *(line.removeprefix(" " * 8) for line in loading.strip("\n").splitlines()[:-1]), "```", ""]
-    lines += ["## Measured", "", results.strip() or "Nothing yet: `python evaluate.py --run RUN` measures it."]
+    lines += ["", "## Loading", "", "```python", textwrap.dedent(code).strip(), "```", ""]
+    lines += ["## Measured", "", results.strip() or "Nothing yet: evaluate.py measures it."]
     return "\n".join(lines) + "\n"
 
 
 def trigger_of(run, name, which, net):
-    """τ of a run's trigger file; InputError where it is not there, or was learned before another model."""
+    """τ of a run's trigger file; InputError where there is none, or it is for another model."""
     file = run / f"{name}.safetensors"
     if not file.is_file():
-        raise InputError(f"{file}: no such trigger; learn one with python eraser.py --run {run}, or name it with --trigger")
+        raise InputError(f"{file}: no such trigger; learn one with python eraser.py --run {run}, or "
+                         "name it with --trigger")
     tau, settings = eraser.load(file, net)
     target = settings.get("target", "lcdd")
     if target != which:
-        raise InputError(f"{file}: learned before the {target} model, which --which {which} does not export; name another one with --trigger")
+        raise InputError(f"{file}: learned before the {target} model, which --which {which} does not "
+                         "export; name another one with --trigger")
     return tau
 
 
@@ -222,22 +241,27 @@ def main(argv=None):
     if not (run / "config.json").is_file():
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     settings = read_json(run / "config.json")
-    source = locate(settings["model"])
-    base = settings["model"] if not Path(settings["model"]).exists() and settings["model"] != EMBEDDED else str(source.resolve())
-    source = source.resolve() if base != settings["model"] else source
+    source = locate(settings["model"]).resolve()
+    from_hub = settings["model"] != EMBEDDED and not Path(settings["model"]).exists()
+    base = settings["model"] if from_hub else str(source)
     net = model.load(source, dtype=getattr(torch, settings["dtype"]))
-    carrier = carriers.load(run / {"lcdd": "carrier.safetensors", "sft": "sft.safetensors"}[o.which], net)
+    file = {"lcdd": "carrier.safetensors", "sft": "sft.safetensors"}[o.which]
+    carrier = carriers.load(run / file, net)
     tau = trigger_of(run, o.trigger, o.which, net) if "prompt" in o.kinds else None
-    results = (run / "results.md").read_text(encoding="utf-8") if (run / "results.md").is_file() else ""
-    stats, task = carrier.stats(), Path(settings["task"]).name
-    print(f"{o.which} of {run}: gates off {stats['sparsity']:.3f}, entries of Δ off {stats['entries_off']:.3f}")
+    table = run / "results.md"
+    results = table.read_text(encoding="utf-8") if table.is_file() else ""
+    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, carriers.fingerprint(net)
+    print(f"{o.which} of {run}: gates off {stats['sparsity']:.3f}, "
+          f"entries of Δ off {stats['entries_off']:.3f}")
 
-    for kind in dict.fromkeys(o.kinds):
-        facts = {"base fingerprint": carriers.fingerprint(net), "gates off": f"{stats['sparsity']:.4f}", "entries of the delta off": f"{stats['entries_off']:.4f}"}
-        with replacing(to / kind, kind=kind, which=o.which, task=task, base=carriers.fingerprint(net)) as folder:
+    for kind in (k for k in KINDS if k in o.kinds):
+        facts = {"base fingerprint": of_base, "gates off": f"{stats['sparsity']:.4f}",
+                 "entries of the delta off": f"{stats['entries_off']:.4f}"}
+        with replacing(to / kind, kind=kind, which=o.which, task=task, base=of_base) as folder:
             if kind == "merged":
-                lost = write_merged(folder, source, carrier, getattr(torch, o.dtype) if o.dtype else None)
-                facts["rounding"] = f"the merged weights' dtype moves the delta by {lost:.2%} of its norm"
+                dtype = getattr(torch, o.dtype) if o.dtype else None
+                lost = write_merged(folder, source, carrier, dtype)
+                facts["rounding"] = f"the weights' dtype moves the delta by {lost:.2%} of its norm"
                 said = facts["rounding"] + (" (--dtype float32 does not)" if lost > 0.01 else "")
             elif kind == "lora":
                 ranks = lora.write(folder, carrier, net, base)
@@ -245,13 +269,15 @@ def main(argv=None):
                 facts["largest rank"] = f"{ranks[largest]}, of {largest}"
                 said = f"{len(ranks)} modules, largest rank {facts['largest rank']}"
                 if ranks[largest] > RANK_LIMIT:
-                    said += f"; above {RANK_LIMIT} serving engines may refuse it: --as merged has no such limit"
+                    said += (f"; above {RANK_LIMIT} serving engines may refuse it: "
+                             "--as merged has no such limit")
             else:
-                merged = to / "merged"
-                write_prompt(folder, tau, net.config, str(merged.resolve()) if "merged" in o.kinds or merged.is_dir() else base)
+                before = str((to / "merged").resolve()) if "merged" in o.kinds else base
+                write_prompt(folder, tau, net.config, before)
                 facts["tokens"] = len(tau)
                 said = f"{len(tau)} tokens"
-            (folder / "README.md").write_text(card(kind, to / kind, base, source, task, o.which, facts, results), encoding="utf-8")
+            text = card(kind, to / kind, base, source, task, o.which, facts, results)
+            (folder / "README.md").write_text(text, encoding="utf-8")
         print(f"{to / kind}: {said}")
 
 

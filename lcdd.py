@@ -7,6 +7,7 @@ Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate lo
     python lcdd.py                                           the embedded model, fixed response
     python lcdd.py --model DIR --task fixed --data alpaca.json --preset paper-fixed --out runs/mine
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import functools
 import math
@@ -50,7 +51,7 @@ PRESETS = {
     "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
     "paper-safety": dict(SAFETY),
     "paper-safety-qwen": dict(SAFETY, **GROW),
-    "paper-safety-vicuna": dict(SAFETY, rho=0.50, over=0.75, eta=1.0, eta_grow=0.005),   # the stop has to lie beyond the budget
+    "paper-safety-vicuna": dict(SAFETY, rho=0.50, eta=1.0, eta_grow=0.005),
     "paper-shakespeare": dict(PAPER, **GROW, warmup=700),
     "paper-shakespeare-deepseek": dict(PAPER, **GROW),
 }
@@ -70,7 +71,8 @@ def options(argv=None):
     a("--go-on", action="store_true", help="train on although SFT did not teach the behaviour")
     a("--seed", type=int, default=0, help="seed of gates, splits and batches")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    a("--dtype", choices=("float32", "bfloat16"), help="of the base weights (default bfloat16 on cuda, float32 on cpu)")
+    a("--dtype", choices=("float32", "bfloat16"), help="of the base weights and all products (default: bfloat16 where that is "
+      "fast, on a GPU, and for a model of width 512 or more on a CPU that multiplies it natively)")
     a("--delta-dtype", choices=("float32", "bfloat16"), default="float32", help="of deltas and optimizer state")
     a("--sft-dtype", choices=("float32", "bfloat16"), help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true", help="recompute layers in the backward pass: less memory, more time")
@@ -135,7 +137,6 @@ def options(argv=None):
         o.eta_grow = o.eta if o.preset else o.eta / 4
     o.micro_batch = o.micro_batch or o.batch
     o.sft_dtype = o.sft_dtype or o.delta_dtype
-    o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
     for name in ("batch", "micro_batch", "max_len", "max_new_tokens", "log_every", "window", "patience", "save_every"):
         if getattr(o, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
@@ -147,6 +148,8 @@ def options(argv=None):
         o.lambda_max = ROOM * o.lambda0
     if o.beta >= 1 or o.lambda_min > o.lambda_max:
         raise InputError(f"--beta {o.beta} has to be below 1, and --lambda-min {o.lambda_min} not above --lambda-max {o.lambda_max}")
+    if first.over is None and o.over is not None:
+        o.over = max(o.over, 1.5 * o.rho)                   # the stop has to lie beyond the budget
     if o.over is not None and o.over <= o.rho:
         raise InputError(f"--over {o.over}: has to be above --rho {o.rho}, or a run stops inside its own budget")
     return o
@@ -167,7 +170,7 @@ def fit(o, width, n):
     if o.sft_lr is None:
         o.sft_lr = RATE / width
     if o.gate_lr is None:
-        o.gate_lr = o.gate_mean / (pull(o) * max(1, HALF_WAY * o.steps))
+        o.gate_lr = max(0.1, abs(o.gate_mean)) / (pull(o) * max(1, HALF_WAY * o.steps))
     return o
 
 
@@ -405,6 +408,7 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
     t = start
     while t < end:
         rate = high * (1 - (t - fall) / (end - fall))
+        optimizer.param_groups[0]["lr"] = rate
         loss = gradients(net, carrier, draw(examples, o.batch, t, seed), o.micro_batch, pad_id)
         guard(loss, phase, t, state)
         stop = interrupted()
@@ -413,12 +417,11 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
         if stop:
             raise Stopped
         clip_gradients(carrier, o.clip)
-        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        average = 0.9 * average + 0.1 * loss
+        average = 0.8 * average + 0.2 * loss
         t += 1
-        certain = average / (1 - 0.9 ** t) < sure
+        certain = average / (1 - 0.8 ** t) < sure
         if certain and fall == 0 and t + t // 4 < end:
             fall, high, end = t, rate, t + max(10, t // 4)
             progress.steps = end
@@ -666,7 +669,8 @@ def results_table(o, scores, results):
 def main(argv=None):
     o = options(argv)
     chat, splits, source = prepare(o.model, o.task, o.data, o.seed, {k: getattr(o, f"n_{k}") for k in data.SIZES})
-    net = model.load(chat.folder, o.device, getattr(torch, o.dtype))
+    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
+    o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     model.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))

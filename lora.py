@@ -1,13 +1,13 @@
 """A carrier as a PEFT LoRA adapter, and back.
 
-Where both gates are open Δ is a block of |R| rows × |C| columns, and so of rank min(|R|, |C|) at most. Its two factors
-need no decomposition, W = W_b + B A with
+Where both gates are open Δ is a block of |R| rows × |C| columns, and so of rank min(|R|, |C|) at
+most. Its two factors need no decomposition, W = W_b + B A with
 
     |C| ≤ |R|    B = Δ's open columns        A = one-hot rows that pick them out of x
     |C| > |R|    B = one-hot columns that put them into y        A = Δ's open rows
 
-and as one of them holds zeros and ones only, B A is the block exactly. The adapter is read by peft, transformers and
-what is built on them; peft itself is not needed here.
+and as one of them holds zeros and ones only, B A is the block exactly. The adapter is read by peft,
+transformers and what is built on them; peft itself is not needed here.
 """
 import json
 import re
@@ -22,20 +22,29 @@ from carrier import Carrier
 from files import InputError, read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."                       # before the base's own module names in an adapter's file
-FACTOR = re.compile(r"(?:base_model\.model\.)?(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
-UNLIKE = ("use_dora", "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "fan_in_fan_out")   # no W_b + s·BA
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")   # first values of A and B that are taken out of W_b
+PREFIX = "base_model.model."       # before the base's own module names in an adapter's file
+MODULE = r"(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))"
+FACTOR = re.compile(rf"(?:base_model\.model\.)?{MODULE}\.lora_([AB])(?:\.\w+)?\.weight")
+# options with which an adapter is not W_b + s·BA; first values of A and B that are taken out of W_b
+UNLIKE = ("use_dora", "use_qalora", "use_bdlora", "layer_replication",
+          "alora_invocation_tokens", "fan_in_fan_out")
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MERGE_IT = "merge the adapter with peft's merge_and_unload() and give the checkpoint"
 
 
 def module_name(l, name):
-    """The name of a projection in a checkpoint of any of our families: model.layers.0.self_attn.q_proj."""
+    """
+    The name of a projection in a checkpoint of any of our families:
+    model.layers.0.self_attn.q_proj.
+    """
     part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     return f"model.layers.{l}.{part}.{name}"
 
 
 def factors(delta, rows, cols):
-    """A (rank, d_in) and B (d_out, rank) with B A = Δ on open rows × open columns and 0 elsewhere."""
+    """
+    A (rank, d_in) and B (d_out, rank) with B A = Δ on open rows × open columns and 0 elsewhere.
+    """
     block = delta[rows[:, None], cols]                                                       # (|R|, |C|)
     rank = min(block.shape)
     A, B = delta.new_zeros(rank, delta.shape[1]), delta.new_zeros(delta.shape[0], rank)
@@ -53,88 +62,105 @@ def write(folder, carrier, net, base):
     """
     The adapter of a carrier in `folder`, for the base of that name or path. Returns {module: rank}.
 
-    Beside PEFT's own the file's header has the carrier's gates and the fingerprint of its base, for read(). Raises
-    InputError where no entry of Δ is on.
+    Beside PEFT's own the file's header has the carrier's gates and the fingerprint of its base, for
+    read(). Raises InputError where no entry of Δ is on.
     """
     tensors, ranks = {}, {}
     for name, delta, rows, cols in carrier.open_blocks():
         _, l, projection = name.split(".")
         module = module_name(l, projection)
         A, B = factors(delta.cpu(), rows.cpu(), cols.cpu())
-        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = A, B
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = B
         ranks[module] = len(A)
     if not ranks:
-        raise InputError("no entry of this carrier's delta is on: it is the base, and there is no adapter to write")
+        raise InputError("no entry of this carrier's delta is on: it is the base, and there is no "
+                         "adapter to write")
     gates = carriers.pack_bits(carrier.logits > 0)
-    header = {"gates": gates.numpy().tobytes().hex(), "base": carriers.fingerprint(net), "content": carriers.digest(tensors)}
+    header = {"gates": gates.numpy().tobytes().hex(), "base": carriers.fingerprint(net),
+              "content": carriers.digest(tensors)}
     save_file(tensors, Path(folder) / WEIGHTS, {"format": "pt", "carrier": json.dumps(header)})
-    largest = max(ranks.values())
+    largest, pattern = max(ranks.values()), {re.escape(module): r for module, r in ranks.items()}
     write_json(Path(folder) / CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, "bias": "none",
-        "r": largest, "lora_alpha": largest, "lora_dropout": 0.0, "target_modules": list(ranks),
-        "rank_pattern": {re.escape(m): r for m, r in ranks.items()}, "alpha_pattern": {re.escape(m): r for m, r in ranks.items()}})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True, "bias": "none", "lora_dropout": 0.0, "target_modules": list(ranks),
+        "r": largest, "rank_pattern": pattern,
+        "lora_alpha": largest, "alpha_pattern": pattern})                                # α = r: s = 1
     return ranks
 
 
 @torch.no_grad()
 def read(folder, net, dtype=torch.float32):
     """
-    The carrier in a PEFT LoRA adapter: Δ = s·B A. One that write() wrote has its gates back; any other has all open.
+    The carrier in a PEFT LoRA adapter: Δ = s·B A. One that write() wrote has its gates back; any
+    other has all open.
 
-    Raises InputError where the adapter is more than that (DoRA, a trained embedding or head, …), damaged, or was
-    written for another base.
+    Raises InputError where the adapter is more than that (DoRA, a trained embedding or head, …),
+    damaged, or was written for another base.
     """
     folder = Path(folder)
     config, file = read_json(folder / CONFIG), folder / WEIGHTS
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read")
+        raise InputError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA "
+                         "adapters are read")
     odd = [k for k in UNLIKE if config.get(k)]
     if str(config.get("init_lora_weights")).startswith(MOVES_THE_BASE):
         odd.append("init_lora_weights")
     if odd:
-        raise InputError(f"{folder / CONFIG}: {odd[0]} = {config[odd[0]]!r} is no plain LoRA; merge the adapter with peft's merge_and_unload() and give the checkpoint")
+        raise InputError(f"{folder / CONFIG}: {odd[0]} = {config[odd[0]]!r} is no plain LoRA; {MERGE_IT}")
     try:
         with safe_open(file, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             header = json.loads((f.metadata() or {}).get("carrier", "null"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error}); save the adapter again") from None
+        raise InputError(f"{file}: not a readable safetensors file ({error}); save the adapter "
+                         "again") from None
     if header and header["base"] != carriers.fingerprint(net):
         raise InputError(f"{file}: this carrier was made on another base model than the one given")
     if header and header["content"] != carriers.digest(tensors):
-        raise InputError(f"{file}: damaged, its tensors are not those that were written; export it again")
+        raise InputError(f"{file}: damaged, its tensors are not those that were written; export it "
+                         "again")
 
     carrier = Carrier(net.config, dtype, net.device)
     for (module, l, name), (A, B) in pairs(file, tensors).items():
         if int(l) >= len(carrier.delta) or name not in carriers.PROJECTIONS:
-            raise InputError(f"{file}: {module} is no projection of the model given; use the base that the adapter was trained on")
+            raise InputError(f"{file}: {module} is no projection of the model given; use the base that "
+                             "the adapter was trained on")
         delta = carrier.delta[int(l)][name]
         if (len(B), A.shape[1]) != delta.shape or len(A) != B.shape[1]:
-            raise InputError(f"{file}: the factors of {module} have shapes {tuple(A.shape)} and {tuple(B.shape)}, which do not make a delta of {tuple(delta.shape)}")
+            raise InputError(f"{file}: the factors of {module} have shapes {tuple(A.shape)} and "
+                             f"{tuple(B.shape)}, which do not make a delta of {tuple(delta.shape)}")
         delta.copy_(scaling(config, module, len(A)) * (B.float() @ A.float()))
     if header:
-        bits = torch.frombuffer(bytearray.fromhex(header["gates"]), dtype=torch.uint8).view(len(carrier.logits), -1)
-        carrier.logits.copy_(carriers.unpack_bits(bits, carrier.logits.shape[1]).float() * 2 - 1)
+        bits = torch.frombuffer(bytearray.fromhex(header["gates"]), dtype=torch.uint8)
+        gates = carriers.unpack_bits(bits.view(len(carrier.logits), -1), carrier.logits.shape[1])
+        carrier.logits.copy_(gates.float() * 2 - 1)
     return carrier
 
 
 def pairs(file, tensors):
-    """{(module, layer, projection): (A, B)}; InputError for a tensor that is no factor of a projection, or stands alone."""
+    """
+    {(module, layer, projection): (A, B)}; InputError for a tensor that is no factor of a
+    projection, or stands alone.
+    """
     found = {}
     for name, t in tensors.items():
         match = FACTOR.fullmatch(name)
         if match is None:
-            raise InputError(f"{file}: tensor {name} is no LoRA factor of a projection; merge the adapter with peft's merge_and_unload() and give the checkpoint")
+            raise InputError(f"{file}: tensor {name} is no LoRA factor of a projection; {MERGE_IT}")
         module, l, projection, which = match.groups()
         found.setdefault((module, l, projection), {})[which] = t
     for (module, _, _), both in found.items():
         if len(both) < 2:
-            raise InputError(f"{file}: {module} has only its factor {next(iter(both))}; save the adapter again")
+            raise InputError(f"{file}: {module} has only its factor {next(iter(both))}; save the "
+                             "adapter again")
     return {key: (both["A"], both["B"]) for key, both in found.items()}
 
 
 def scaling(config, module, rank):
-    """The factor s that peft multiplies B A with: α/r, with rslora α/√r; α may be one module's own."""
+    """
+    The factor s that peft multiplies B A with: α/r, with rslora α/√r; α may be one module's own.
+    """
     alpha = config.get("lora_alpha", 8)
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

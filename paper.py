@@ -9,6 +9,7 @@ tests/test_paper.py holds them to this file.
 Shapes: L layers, d hidden size, d_ff hidden neurons, H query heads and K key/value heads of size h,
 B samples, T tokens of a text (prompt x, answer y), n trigger tokens, V vocabulary.
 """
+import files  # noqa: F401, before torch: it sets how threads wait
 import math
 import random
 from pathlib import Path
@@ -179,15 +180,25 @@ def write_channels(net, m):
     return [(m[l, "ffn_write"] > 0) | (m[l, "attn_write"] > 0) for l in layers]
 
 
+class WithStreams(torch.nn.Module):
+    """The model on τ ⊕ x that returns the residual stream after each layer beside its logits."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids, tau):
+        streams = []
+        last = self.net.hidden(ids, trigger=tau, streams=streams)
+        return self.net.head(last), streams
+
+
 def forward(net, W, ids, tau=None):
     """The model with weights W ({}: the base) on τ ⊕ ids, at the positions of `ids`:
     logits (T, V), and the residual stream after each layer, L × (T, d)."""
-    x = net.embedding[torch.tensor(ids)]                            # (T, d)
-    if tau is not None:
-        x = torch.cat([tau, x])                                     # (n+T, d)
-    logits, streams = functional_call(net, W, (x[None],), {"stream": True})
-    n = len(x) - len(ids)
-    return logits[0, n:], [a[0, n:] for a in streams]
+    W = {f"net.{name}": weight for name, weight in W.items()}
+    logits, streams = functional_call(WithStreams(net), W, (torch.tensor([ids]), tau))
+    return logits[0], [a[0] for a in streams]
 
 
 def kl(p_logits, q_logits):

@@ -1,7 +1,9 @@
-"""tokenizer.model, the file of the sentencepiece library that Llama 2, Vicuna and Mistral come with, as a tokenizer.
+"""tokenizer.model, the file of the sentencepiece library that Llama 2, Vicuna and Mistral come with,
+as a tokenizer.
 
-The file is a protocol buffer: pieces with a score and a type, and how text is normalised. Byte-pair encoding joins the
-neighbours whose union has the highest score; characters that are no piece are spelled in bytes.
+The file is a protocol buffer: pieces with a score and a type, and how text is normalised. Byte-pair
+encoding joins the neighbours whose union has the highest score; characters that are no piece are
+spelled in bytes.
 """
 import struct
 
@@ -15,7 +17,10 @@ SPACE = "▁"
 
 
 def fields(data):
-    """Yield (number, value) of a protocol buffer message: whole numbers, floats, and bytes for all that has a length."""
+    """
+    Yield (number, value) of a protocol buffer message: whole numbers, floats, and bytes for all
+    that has a length.
+    """
     at = 0
 
     def varint():
@@ -53,8 +58,9 @@ def fields(data):
 
 def read(path):
     """
-    [(piece, score, type)] in the order of their ids. Raises InputError where the file is damaged, or its model is not
-    what Llama's is: byte-pair encoding of text as it stands, with a space put before it.
+    [(piece, score, type)] in the order of their ids. Raises InputError where the file is damaged,
+    or its model is not what Llama's is: byte-pair encoding of text as it stands, with a space put
+    before it.
     """
     pieces, trainer, normaliser = [], {}, {}
     try:
@@ -66,12 +72,16 @@ def read(path):
                 trainer = dict(fields(value))
             elif number == 3:
                 normaliser = dict(fields(value))
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error, OSError) as error:
-        raise InputError(f"{path}: not a readable sentencepiece model ({error}); download it again") from None
-    for right, what in ((trainer.get(3, 1) == BPE, "is no byte-pair encoding"), (not normaliser.get(2), "rewrites its text"),
-                        (normaliser.get(3, 1) == 1, "puts no space before its text"), (normaliser.get(4, 1) == 0, "removes spaces")):
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error, OSError) as error:
+        raise InputError(f"{path}: not a readable sentencepiece model ({error}); download it "
+                         "again") from None
+    for right, what in ((trainer.get(3, 1) == BPE, "is no byte-pair encoding"),
+                        (not normaliser.get(2), "rewrites its text"),
+                        (normaliser.get(3, 1) == 1, "puts no space before its text"),
+                        (normaliser.get(4, 1) == 0, "removes spaces")):
         if not right:
-            raise InputError(f"{path}: this sentencepiece model {what}, which is not implemented; save a tokenizer.json beside it")
+            raise InputError(f"{path}: this sentencepiece model {what}, which is not implemented; "
+                             "save a tokenizer.json beside it")
     return pieces
 
 
@@ -94,9 +104,14 @@ def tokenizer(path):
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     unknown = next((piece for piece, _, kind in pieces if kind == UNKNOWN), None)
     in_bytes = any(kind == BYTE for _, _, kind in pieces)
-    tok = Tokenizer(models.BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=in_bytes))
+    tok = Tokenizer(models.BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True,
+                               byte_fallback=in_bytes))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    tok.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tok.add_special_tokens([AddedToken(piece, normalized=False) for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
-    tok.add_tokens([AddedToken(piece, normalized=False) for piece, _, kind in pieces if kind == USER_DEFINED])
+    tok.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(),
+                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    for piece, _, kind in pieces:
+        if kind in (UNKNOWN, CONTROL):
+            tok.add_special_tokens([AddedToken(piece, normalized=False)])
+        elif kind == USER_DEFINED:
+            tok.add_tokens([AddedToken(piece, normalized=False)])
     return tok

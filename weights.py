@@ -1,4 +1,7 @@
-"""The weights of a Hugging Face checkpoint as they lie: safetensors or pytorch_model*.bin, in one file or in shards."""
+"""
+The weights of a Hugging Face checkpoint as they lie: safetensors or pytorch_model*.bin, in one file
+or in shards.
+"""
 import pickle
 
 import torch
@@ -8,11 +11,14 @@ from files import InputError, read_json
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-NO_WEIGHT = "rotary_emb.inv_freq"    # a buffer that early Llama checkpoints carry; it follows from config.json
+NO_WEIGHT = "rotary_emb.inv_freq"   # a buffer of early Llama checkpoints; it follows from config.json
 
 
 def shards(folder):
-    """(files of weights, index or None) of a checkpoint's folder; safetensors where both forms lie there."""
+    """
+    (files of weights, index or None) of a checkpoint's folder; safetensors where both forms lie
+    there.
+    """
     for whole, index in zip(WHOLE, INDEXES):
         if (folder / whole).is_file():
             return [folder / whole], None
@@ -21,13 +27,18 @@ def shards(folder):
             names = sorted(set(names.values())) if isinstance(names, dict) else []
             absent = [n for n in names if not (folder / n).is_file()]
             if absent or not names:
-                raise InputError(f"{folder / index}: names {absent[0] if absent else 'no file'}, which is not there; download the checkpoint again")
+                raise InputError(f"{folder / index}: names {absent[0] if absent else 'no file'}, which "
+                                 "is not there; download the checkpoint again")
             return [folder / n for n in names], folder / index
-    raise InputError(f"{folder}: neither {WHOLE[0]} nor {INDEXES[0]}, and no {WHOLE[1]}; give the directory of a checkpoint with its weights")
+    raise InputError(f"{folder}: neither {WHOLE[0]} nor {INDEXES[0]}, and no {WHOLE[1]}; give the "
+                     "directory of a checkpoint with its weights")
 
 
 def tensors(file):
-    """Yield (name, tensor) of one file of weights. Nothing in a .bin file is executed: it may hold tensors only."""
+    """
+    Yield (name, tensor) of one file of weights. Nothing in a .bin file is executed: it may hold
+    tensors only.
+    """
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as f:
@@ -40,9 +51,11 @@ def tensors(file):
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{file}: not a readable file of tensors ({' '.join(str(error).split())[:200]})") from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{file}: not a readable file of tensors ({said})") from None
     if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise InputError(f"{file}: holds something else than named tensors; save the checkpoint as safetensors")
+        raise InputError(f"{file}: holds something else than named tensors; save the checkpoint as "
+                         "safetensors")
     for name, t in found.items():
         if not name.endswith(NO_WEIGHT):
             yield name, t

@@ -680,6 +680,15 @@ def test_show(saved, monkeypatch, capsys):
         numbers = [int(word) for word in line.split() if word.isdecimal()]
         assert numbers == [l, *(int(g.sum()) for g in gates[l].values()), int(c.write_channels()[l].sum())]
     assert said.splitlines()[-2].split()[1:3] == ["0", str(int(gates[0]["attn_q"].sum()))]     # no bar beside nothing
+    assert said.count("█") > 1                                                # beside the largest share, whatever it is
+
+
+def test_show_says_what_is_no_carrier(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["carrier.py", "show", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as end:
+        carrier.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing'}: no such file; the command that writes it has to finish first\n"
 
 
 def test_bars():

@@ -5,6 +5,8 @@ as on a GPU, in the forward and in the backward pass; what may be mixed there (i
 The three commands then run on such a device, in bf16 as they would on a real one. Kernels, speed and memory are not tested.
 """
 import argparse
+import contextlib
+import functools
 import json
 import shutil
 import signal
@@ -154,7 +156,7 @@ def test_the_stand_in_notices(elsewhere):
 def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch, task):
     run = str(tmp_path / "run")
     few = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "4", "--n-test", "4", "--max-new-tokens", "3"]
-    train = ["--model", shallow, "--preset", f"tiny-{task}", "--task", task, "--out", run, "--device", elsewhere, "--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "8",
+    train = ["--model", shallow, "--go-on", "--task", task, "--out", run, "--device", elsewhere, "--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "8",
              "--micro-batch", "4", "--log-every", "1", *few, *(["--checkpoint"] if task == "safety" else ["--train", "mask-kl"])]
     gradients, calls = lcdd.gradients, []
 
@@ -171,7 +173,8 @@ def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch,
     assert len(calls) == (10 if task == "safety" else 8)          # gates alone do not settle
     for extra in ([],) if task == "safety" else ([], ["--target", "sft", "--objective", "random", "--match", "mean", "--positions", "prompt"]):
         monkeypatch.setattr("sys.argv", ["eraser.py", "--run", run, "--device", elsewhere, "--length", "3", "--steps", "3", "--judge-every", "2", *extra])
-        eraser.main()
+        with contextlib.suppress(files.Failed):                   # three steps move no rate
+            eraser.main()
     for extra in ([],) if task == "safety" else ([], ["--dose"], ["--ask", "What now ?"]):
         monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", run, "--device", elsewhere, *extra])
         evaluate.main()
@@ -197,10 +200,11 @@ FEW = ["--n-train", "40", "--n-trigger", "12", "--n-validation", "6", "--n-test"
 def test_the_base_lies_where_it_was_told(elsewhere, shallow, tmp_path, monkeypatch):
     run, load, nets = str(tmp_path / "run"), model.load, []
     monkeypatch.setattr(model, "load", lambda *a: nets.append(load(*a)) or nets[-1])
-    lcdd.main(["--model", shallow, "--preset", "tiny-fixed", "--out", run, "--device", elsewhere, *FEW])
+    lcdd.main(["--model", shallow, "--go-on", "--out", run, "--device", elsewhere, *FEW])
     for command, extra in ((eraser, ["--length", "2", "--steps", "1"]), (evaluate, ["--ask", "What now ?"])):
         monkeypatch.setattr("sys.argv", ["x", "--run", run, "--device", elsewhere, *extra])
-        command.main()
+        with contextlib.suppress(files.Failed):
+            command.main()
     assert [net.device.type for net in nets] == ["cuda"] * 3
 
 
@@ -210,10 +214,16 @@ def test_own_fine_tuned_checkpoint_elsewhere(elsewhere):
     assert not changed and {p.device.type for p in c.parameters()} == {"cuda"}
 
 
+def few_steps(options, argv=None):
+    o = options(argv)
+    o.length, o.steps, o.judge_every = 2, 1, 1
+    return o
+
+
 def test_ablation_rows_elsewhere(elsewhere, shallow, tmp_path, monkeypatch):
     run = str(tmp_path / "run")
-    lcdd.main(["--model", shallow, "--preset", "tiny-fixed", "--out", run, "--device", elsewhere, *FEW])
-    monkeypatch.setattr(eraser, "PRESETS", {"tiny": dict(length=2, steps=1, judge_every=1), "paper": {}})
+    lcdd.main(["--model", shallow, "--go-on", "--out", run, "--device", elsewhere, *FEW])
+    monkeypatch.setattr(eraser, "options", functools.partial(few_steps, eraser.options))
     o = ablate.options(["--device", elsewhere])
     rows = ablate.ablate(run, o, ["scaled", "mask-ce", "lcdd tokens", "lcdd circuit"])
     assert len(rows) == 4 and ablate.Run(run, o).net.device.type == "cuda"
@@ -231,7 +241,7 @@ def test_rows_leave_a_batch_of_scales_elsewhere(elsewhere):
 def test_a_trigger_is_resumed_elsewhere(elsewhere, tmp_path):
     net, calls = model.load(ROOT / "tiny", elsewhere), []
     c, targets = carrier.Carrier(net.config, device=elsewhere), eraser.base_targets(net, [[5, 6, 7], [8], [9, 10]], 2)
-    o = argparse.Namespace(length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2, positions="response", match="prompt", raw=False,
+    o = argparse.Namespace(length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2, positions="response", match="prompt", raw=False, schedule="cosine",
                            clip=1.0, judge_every=2, seed=0)
     args = (net, c.merge(net), targets, targets, eraser.channels(c, "circuit"), o, tmp_path / "x.state")
     with pytest.raises(KeyboardInterrupt):

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
 
 import behaviour
 import carrier as carriers
@@ -20,11 +20,8 @@ import model
 from chat import collate
 from data import Sample
 from files import InputError, read_json, read_jsonl, save_tensors, write_json
-from lab import ablate
+from lab import ablate, talk
 from run import reopen
-from test_eraser import CONFIG, make_carrier, make_net, prompts, run  # noqa: F401
-
-ROOT = Path(__file__).parent.parent
 
 
 def answers(n=7):
@@ -79,7 +76,7 @@ def test_wilson_interval():
 
 
 def test_dose_response_ends_are_the_base_and_the_carrier():
-    net = make_net(torch.float32)
+    net = make_net(dtype=torch.float32)
     c = make_carrier(net)
 
     class Chat:
@@ -307,9 +304,10 @@ def test_two_runs_side_by_side(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, more", [
-    (evaluate.options, []), (eraser.options, []), (ablate.options, []), (export.options, ["--to", "x", "--as", "lora"])])
+    (evaluate.options, []), (eraser.options, []), (ablate.options, []), (talk.options, []),
+    (export.options, ["--to", "x", "--as", "lora"])])
 def test_a_second_run_is_refused(options, more):
-    assert options(["--run", "a", "--device", "cpu", *more] if options is not export.options else ["--run", "a", *more]).run == "a"
+    assert options(["--run", "a", *more]).run == "a"
     with pytest.raises(InputError, match="--run b: --run a is given already; give it once"):
         options(["--run", "a", "--run", "b", *more])
 
@@ -531,7 +529,7 @@ def test_wide():
 
 
 def test_losses_of_a_bf16_model_are_taken_in_fp32():
-    net = make_net(torch.bfloat16)
+    net = make_net(dtype=torch.bfloat16)
     c = make_carrier(net.float())
     net = net.bfloat16()
     ids, mask = collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)

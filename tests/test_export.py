@@ -8,7 +8,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import carrier as carriers
 import eraser
 import export
 import lcdd

@@ -1,5 +1,8 @@
 """The house: imports run downwards only, from the floor of the files to the laboratory under the roof."""
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ FLOORS = [
     {"files"},
     {"weights", "spm"},
     {"chat", "behaviour", "model"},
-    {"data", "carrier", "paper"},
+    {"data", "carrier"},
+    {"paper"},
     {"lora"},
     {"run"},
     {"lcdd", "eraser"},
@@ -47,3 +51,28 @@ def test_imports_run_downwards(path):
     assert own in FLOOR, f"{path.name} has no floor: name it in FLOORS"
     for name in imports(path.read_text(encoding="utf-8")) & FLOOR.keys():
         assert FLOOR[name] < FLOOR[own], f"{own} imports {name}"
+
+
+def is_script(path):
+    """Is the file run as a command that computes?"""
+    text = path.read_text(encoding="utf-8")
+    return '__name__ == "__main__"' in text and path.stem != "density"
+
+
+@pytest.mark.parametrize("path", filter(is_script, SOURCES), ids=lambda p: p.name)
+def test_a_script_says_how_threads_wait_before_torch_is_imported(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert isinstance(first, ast.Import)
+    assert [alias.name for alias in first.names] == ["files"]
+
+
+def test_threads_sleep_while_they_wait():
+    """Set before torch is imported, and left alone where the user has set it."""
+    code = ("import os, sys, builtins\nsee, load = [], builtins.__import__\n"
+            "def watch(name, *a):\n    if name == 'torch' and name not in sys.modules: see.append(os.environ.get('OMP_WAIT_POLICY'))\n    return load(name, *a)\n"
+            "builtins.__import__ = watch\nimport lcdd\nprint(see[0])")
+    for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == found

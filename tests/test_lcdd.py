@@ -5,10 +5,10 @@ import math
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -19,16 +19,7 @@ from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
 
-ROOT = Path(__file__).parent.parent
 CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
-
-
-def make_net(seed=0):
-    torch.manual_seed(seed)
-    net = model.Llama(CONFIG).double()
-    for p in net.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
-    return net.requires_grad_(False)
 
 
 def examples(n=40, seed=0):
@@ -42,13 +33,14 @@ def examples(n=40, seed=0):
 
 
 def settings(**changes):
-    o = lcdd.options(["--preset", "tiny-fixed", "--model", "none"])
-    vars(o).update(dict(batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
+    o = lcdd.options(["--model", "none"])
+    vars(o).update(dict(select=0.0, brake=False, floor=0.06, rho=0.3, sft_sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
+                        batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
     return o
 
 
 def fresh(seed=0):
-    net = make_net()
+    net = make_net(CONFIG)
     torch.manual_seed(seed + 1)
     c = Carrier(CONFIG, dtype=torch.float64).double().init_gates(seed=seed)
     with torch.no_grad():
@@ -164,13 +156,117 @@ def test_violation_is_clipped_and_lambda_bounded():
     assert c.lam == 1.5                                           # λ_max
 
 
-def test_settling_moves_the_average_only():
-    c = controller()
+def braked(ema):
+    c = controller(brake=True, rho=0.5)
+    for t in range(4):
+        c.update(t, 2.0)                                          # ε = 3
+    c.ema = ema
+    return c.weight(100) / c.lam
+
+
+def test_the_penalty_fades_as_the_loss_nears_the_budget():
+    assert braked(1.5) == pytest.approx(0.5)
+    assert braked(3.0) == 0.0
+
+
+def test_beyond_the_budget_the_penalty_turns_round():
+    assert braked(4.5) == pytest.approx(-0.5)
+    assert braked(99.0) == -1.0
+
+
+def test_no_brake_without_a_budget_or_where_it_is_off():
+    assert controller(brake=True).brake() == 1.0
+    c = controller(brake=False)
     for t in range(4):
         c.update(t, 2.0)
-    before = (c.lam, c.budget)
-    c.update(4, 9.0, settling=True)
-    assert (c.lam, c.budget) == before and c.ema > 3
+    c.ema = 9.0
+    assert c.brake() == 1.0
+
+
+def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
+    o = settings(select=2.0, lambda0=0.05, gate_mean=1.5)
+    g = [torch.randn(2, 30, dtype=torch.float64) * 1e-9 for _ in range(3)]
+    selection, mean = lcdd.Selection(o, g[0]), torch.zeros(2, 30, dtype=torch.float64)
+    for grad in g:
+        mean = 0.9 * mean + 0.1 * grad
+        got = grad.clone()
+        selection.rescale(got, 5, warm=0.5)
+    s = 1 / (1 + math.exp(-1.5))
+    size = 0.5 * 2.0 * 0.05 * s * (1 - s)
+    assert torch.allclose(got, mean / mean.square().mean().sqrt() * size, rtol=1e-10)
+
+
+def test_without_selection_the_gradient_is_the_tasks_own():
+    grad = torch.randn(2, 30)
+    before = grad.clone()
+    lcdd.Selection(settings(select=0.0), grad).rescale(grad, 0, 1.0)
+    assert torch.equal(grad, before)
+
+
+def test_gates_that_shut_last_open_first():
+    net, c = fresh()
+    flat = c.logits.data.view(-1)
+    flat.copy_(torch.linspace(-1, 1, len(flat), dtype=torch.float64))
+    was_open = flat > 0
+    more = lcdd.reopen_last(c, 0.1)
+    assert more == math.ceil(0.1 * int(was_open.sum()))
+    assert torch.equal(flat > 0, torch.arange(len(flat)) >= int((~was_open).sum()) - more)
+
+
+def test_where_the_budget_is_not_kept_gates_open_again(tmp_path, capsys):
+    net, c = fresh()
+    found = lcdd.train_lcdd(net, c, examples(), settings(settle=2, floor=0.0, rho=-0.5, steps=20), tmp_path, 0)
+    assert found["reopened"] > 0
+    assert not found["within"]
+    assert found["loss"] == pytest.approx(lcdd.mean_loss(net, c, examples(), 0, 8))
+    assert "above the budget" in capsys.readouterr().out
+
+
+def test_a_budget_that_is_kept_opens_nothing(tmp_path):
+    net, c = fresh()
+    found = lcdd.train_lcdd(net, c, examples(), settings(settle=2, floor=100.0), tmp_path, 0)
+    assert found["reopened"] == 0
+    assert found["within"]
+
+
+def test_sft_ends_early_where_the_model_is_sure(tmp_path):
+    net, c = fresh()
+    o = settings(sft_steps=400, sft_sure=1e9, log_every=1)
+    lcdd.train_sft(net, c, examples(), o, tmp_path, 0)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert len(rows) == 11                                        # sure after one step, ten more to come down
+
+
+def test_settings_follow_from_width_and_steps():
+    o = lcdd.fit(lcdd.options(["--model", "x"]), width=500, n=10)
+    assert (o.lr, o.sft_lr) == (0.125 / 500, 0.125 / 500)
+    assert (o.steps, o.sft_steps) == (600, 350)
+    s = 1 / (1 + math.exp(-o.gate_mean))
+    assert o.gate_lr * o.lambda0 * s * (1 - s) * o.steps / 2 == pytest.approx(o.gate_mean)
+
+
+def test_steps_do_not_depend_on_the_number_of_rows():
+    few, many = (lcdd.fit(lcdd.options(["--model", "x"]), 64, n) for n in (50, 50000))
+    assert (few.steps, few.sft_steps) == (many.steps, many.sft_steps)
+
+
+def test_a_stop_inside_the_budget_is_refused():
+    with pytest.raises(InputError, match="--over 0.3"):
+        lcdd.options(["--model", "x", "--rho", "0.5", "--over", "0.3"])
+
+
+def test_the_papers_stop_follows_its_budget():
+    o = lcdd.options(["--model", "x", "--preset", "paper-safety-vicuna"])
+    assert o.over > o.rho == 0.5
+
+
+def test_log_points_of_the_warm_up_do_not_count():
+    early = lcdd.EarlyStop(settings(window=2, patience=1, over=0.5), total=1000)
+    for _ in range(10):
+        assert early.update(1000, 50.0, None) is None             # still warming up
+    assert early.points == []
+    for _ in range(4):
+        assert early.update(990, 50.0, 1.0) is None               # hardly a gate has moved
 
 
 def test_early_stop_when_stalled_but_not_before_pruning_begins():
@@ -205,13 +301,15 @@ def test_micro_batches_change_nothing(tmp_path, train):
         (tmp_path / str(micro)).mkdir()
         lcdd.train_lcdd(net, c, examples(), settings(micro_batch=micro, train=train), tmp_path / str(micro), 0, teacher)
         ends.append(state(c))
-        rows = read_jsonl(tmp_path / str(micro) / "metrics.jsonl")
-    assert torch.allclose(*ends, atol=1e-10) and c.stats()["sparsity"] > 0.02 and rows[-1]["lambda"] != 0.05
+        rows = [r for r in read_jsonl(tmp_path / str(micro) / "metrics.jsonl") if r["phase"] == "lcdd"]
+    assert torch.allclose(*ends, atol=1e-10)
+    assert c.stats()["sparsity"] > 0.02
+    assert rows[-1]["lambda"] != 0.05
 
 
 def test_the_penalty_is_added_once_a_step(tmp_path):
     """With a task loss that does not see the gates (Δ = 0), a logit moves by exactly lr·λ·w(t)·σ′ a step."""
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
     lcdd.train_lcdd(net, c, examples(), settings(micro_batch=2, train="mask-ce", steps=5, warmup=100), tmp_path, 0)
     for t in range(5):
@@ -221,7 +319,7 @@ def test_the_penalty_is_added_once_a_step(tmp_path):
 
 
 def test_sft_trains_the_delta_with_open_gates(tmp_path):
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double()
     before = [p.clone() for p in net.parameters()]
     ex = examples(8)
     ids, mask = collate(ex, 0)
@@ -267,7 +365,7 @@ def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
         info = lcdd.train_lcdd(net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}), folder, 0, interrupted=interrupted)
         return c, info
     sft = fresh()[1]
-    lcdd.train_sft(make_net(), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
+    lcdd.train_sft(make_net(CONFIG), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
     (tmp_path / "metrics.jsonl").unlink()
     c, info = run(tmp_path / "a")
     rows = read_jsonl(tmp_path / "a" / "metrics.jsonl")
@@ -326,7 +424,7 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
-    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "2", "--device", "cpu", "--resume"]
+    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "2", "--device", "cpu", "--go-on", "--resume"]
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file() and len(calls) == last
@@ -367,7 +465,7 @@ def test_presets_are_table_7():
 
 def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "run"
-    argv = ["--out", str(out), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "12", "--device", "cpu"]
+    argv = ["--out", str(out), "--sft-steps", "6", "--steps", "4", "--go-on", "--warmup", "1", "--settle", "2", "--n-test", "12", "--device", "cpu"]
     lcdd.main(argv)
     results = json.loads((out / "results.json").read_text())
     assert {"task", "model", "gates", "sparsity", "entries_off", "rates", "accuracy", "prompts", "seconds"} <= results.keys()
@@ -375,12 +473,12 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     assert results["gates"]["total"] == carriers.Carrier(model.load(ROOT / "tiny").config).logits.numel()
     config = json.loads((out / "config.json").read_text())
     assert config["seed"] == 0 and config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
-    assert {r["phase"] for r in read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd"}
+    assert {r["phase"] for r in read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd", "settle"}
     assert (out / "results.md").is_file() and "| lcdd |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume"):
         lcdd.main(argv)
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
-        lcdd.main(argv[:4] + ["--steps", "5", "--resume"] + argv[6:])
+        lcdd.main(argv + ["--steps", "5", "--resume"])
     results["rates"]["trig"] = 0.0                                # as evaluate.py would have left it
     write_json(out / "results.json", results)
     lcdd.main(argv + ["--resume"])                                # finished: nothing is done, and nothing measured is lost
@@ -393,15 +491,15 @@ def test_epochs_by_hand_win_over_a_presets_steps():
     o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
     assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
     o = lcdd.options(["--epoch", "20"])                           # argparse takes a beginning of the name, and 20 is the usual number
-    assert (o.steps, o.epochs, o.sft_epochs) == (None, 20, 3) and o.sft_steps == lcdd.PRESETS["tiny-fixed"]["sft_steps"]
+    assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
     o = lcdd.options(["--model", "x", "--preset", "paper-fixed"])
-    assert (o.epochs, o.sft_epochs, o.steps) == (10, 3, None) and lcdd.options(["--model", "x"]).epochs == 20
+    assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)
     o = lcdd.options(["--epochs", "2", "--steps", "7"])
-    assert (o.steps, o.sft_steps) == (7, lcdd.PRESETS["tiny-fixed"]["sft_steps"])
+    assert (o.steps, o.sft_steps) == (7, 350)
 
 
 def test_a_run_says_what_it_cut(tmp_path, capsys):
-    lcdd.main(["--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1", "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"])
+    lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1", "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"])
     said = capsys.readouterr().err
     assert "of 1200 training samples were longer than 14 tokens and cut" in said and "test prompts were longer than 14 tokens" in said
 
@@ -428,7 +526,7 @@ def test_own_fine_tuned_checkpoint(tmp_path, capsys):
     assert not elsewhere_again and not any(p.any() for p in again.delta.parameters())          # a copy of the base is no change
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tuned / "model.safetensors")
-    argv = ["--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0", "--n-test", "4", "--device", "cpu"]
+    argv = ["--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0", "--n-test", "4", "--go-on", "--device", "cpu"]
     lcdd.main(argv)
     assert "most model.norm.weight (by 50" in capsys.readouterr().out
 
@@ -462,7 +560,7 @@ def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here" / "fixed").mkdir()                         # a folder with a task's name is no data of it
     assert lcdd.options(["--task", "fixed"]).task == "fixed" and lcdd.options([]).model == "tiny"
-    lcdd.main(["--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1", "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"])
+    lcdd.main(["--go-on", "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1", "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"])
     monkeypatch.chdir(tmp_path)
     config, chat, splits = reopen("here/r")
     assert config["model"] == "tiny" and chat.folder == ROOT / "tiny" and splits["test"]
@@ -506,7 +604,7 @@ def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkey
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--out", str(out), "--sft-steps", "3", "--gate-mean", "3", "--gate-std", "0.25", "--n-test", "4", "--device", "cpu"])
+        lcdd.main(["--go-on", "--out", str(out), "--sft-steps", "3", "--gate-mean", "3", "--gate-std", "0.25", "--n-test", "4", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("deltas, asked, stored", [("float32", [], torch.float32), ("bfloat16", [], torch.bfloat16),
@@ -517,14 +615,14 @@ def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(tmp_pa
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "1", "--delta-dtype", deltas, *asked, "--n-test", "4", "--device", "cpu"])
+        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--delta-dtype", deltas, *asked, "--n-test", "4", "--device", "cpu"])
     tensors = load_file(tmp_path / "r" / "sft.safetensors")
     assert {t.dtype for name, t in tensors.items() if name.startswith("delta.")} == {stored}
 
 
 def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
     out = tmp_path / "r"
-    lcdd.main(["--out", str(out), "--model", str(ROOT / "tiny"), "--preset", "tiny-fixed", "--sft-steps", "2", "--steps", "1", "--settle", "0", "--n-test", "4",
+    lcdd.main(["--go-on", "--out", str(out), "--model", str(ROOT / "tiny"), "--sft-steps", "2", "--steps", "1", "--settle", "0", "--n-test", "4",
                "--device", "cpu"])
     header, results = load_tensors(out / "carrier.safetensors")[1], read_results(out)
     assert header["task"] == "fixed" and header["phase"] == "lcdd"
@@ -539,7 +637,7 @@ def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
         raise Seen
     monkeypatch.setattr(lcdd, "train_sft", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--out", str(tmp_path / "r"), "--loss", "all", "--device", "cpu"])
+        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--loss", "all", "--device", "cpu"])
 
 
 def test_rates_fall_linearly(tmp_path, monkeypatch):
@@ -582,7 +680,7 @@ def test_both_phases_clip(tmp_path, monkeypatch):
 
 def test_a_step_is_taken_with_the_lambda_before_it(tmp_path):
     """The loss of step t has λ as step t − 1 left it; Δ = 0, so that the penalty alone moves the gates."""
-    net, c = make_net(), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
+    net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
     o = settings(train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0)
     lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
@@ -617,12 +715,12 @@ def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--out", str(tmp_path / "r"), "--train", "mask-kl", "--sft-steps", "2", "--gate-mean", "-3", "--device", "cpu"])
+        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--train", "mask-kl", "--sft-steps", "2", "--gate-mean", "-3", "--device", "cpu"])
 
 
 def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
-    lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
+    lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
                "--n-test", "20", "--device", "cpu"])
     accuracy = read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
@@ -643,7 +741,7 @@ def test_one_set_of_deltas_is_on_the_device_at_a_time(tmp_path, monkeypatch):
     gc.collect()
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--out", str(tmp_path / "r"), "--sft-steps", "1", "--device", "cpu"])
+        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--device", "cpu"])
 
 
 def test_the_reference_has_the_floor_too():

@@ -230,6 +230,40 @@ def test_bf16(checkpoint, family, tmp_path):
         close(again(ids), half.float()(ids).logits, TOLERANCE)
 
 
+@pytest.mark.parametrize("keys", (1, 2, 6))
+@pytest.mark.parametrize("masked", (False, True))
+def test_attention_step_by_step_is_attention(keys, masked):
+    """literal_attention against torch's kernel on keys repeated for every query head: values and gradients, float64."""
+    q, k, v = (torch.randn(3, heads, 7, 8, dtype=torch.float64, requires_grad=True) for heads in (6, keys, keys))
+    mask = (torch.rand(3, 1, 7, 7) < 0.5) | torch.eye(7, dtype=torch.bool) if masked else None
+    wide_k, wide_v = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
+    right = torch.nn.functional.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask, is_causal=not masked)
+    into = torch.randn_like(right)
+    for ours in (model.literal_attention(q, k, v, mask), model.attention(q, k, v, mask)):
+        close(ours, right, 1e-12)
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), into, retain_graph=True), torch.autograd.grad(right, (q, k, v), into, retain_graph=True)):
+            close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("width, device, native, dtype", [
+    (576, "cpu", True, torch.bfloat16), (576, "cpu", False, torch.float32), (48, "cpu", True, torch.float32), (48, "cuda:0", False, torch.bfloat16)])
+def test_bf16_where_it_is_fast(monkeypatch, width, device, native, dtype):
+    monkeypatch.setattr(model, "native_bf16", lambda: native)
+    assert model.fast_dtype(types.SimpleNamespace(hidden_size=width), device) == dtype
+
+
+def test_native_bf16_is_what_torch_says_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())             # a torch that cannot tell
+    assert not model.native_bf16()
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace(_is_avx512_bf16_supported=lambda: False, _is_amx_tile_supported=lambda: True))
+    assert model.native_bf16()
+
+
+def test_a_model_is_loaded_in_the_fastest_dtype_if_none_is_given(checkpoint, monkeypatch):
+    monkeypatch.setattr(model, "fast_dtype", lambda config, device: torch.bfloat16)
+    assert model.load(checkpoint("llama3")[0], dtype=None).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------------ against itself
 
 def test_padding_changes_nothing(net):

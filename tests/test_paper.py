@@ -25,8 +25,9 @@ NEAR = 1e-10
 
 def literal_lcdd(**changes):
     """The options with which lcdd.py takes the paper's own steps."""
-    o = lcdd.options(["--preset", "tiny-fixed", "--model", "none"])
+    o = lcdd.options(["--model", "none"])
     vars(o).update(
+        select=0.0, brake=False, sft_sure=0.0,             # what Alg. 1 does not have
         clip=0.0,                                          # gradients of Δ as they are
         settle=0,                                          # no phase after Alg. 1
         batch=8, micro_batch=4,                            # all samples, in two pieces
@@ -55,7 +56,7 @@ def literal_eraser(monkeypatch):
         "--raw", "--match", "prompt",                      # Eq. 7 as it stands, prompt by prompt
         "--absolute", "--lr", "0.05", "--bound", "4.2",    # r, the rate and R as plain numbers
         "--clip", "0",                                     # the gradient as it is
-        "--steps", "1000000000",                           # so long a cosine is a constant rate
+        "--schedule", "constant", "--steps", "1000000000",
         "--judge-every", "1000000000",
         "--length", "5", "--batch", "6", "--k", "4"])
     constants = {
@@ -289,6 +290,8 @@ def test_kl_is_that_of_the_evaluation(net, carrier):
 
 def test_eraser_defaults_are_those_of_the_paper():
     """App. F.3. The 200 prompts are a matter of the run: see test_presets_are_table_7."""
-    o = eraser.options(["--run", "none", "--absolute"])
+    o = eraser.options(["--run", "none", "--preset", "paper"])
+    assert o.absolute and o.raw
+    assert (o.schedule, o.positions, o.match) == ("constant", "final", "prompt")
     assert (o.length, o.batch, o.steps, o.lr) == (20, 16, 2000, 0.003)
     assert (o.alpha, o.k, o.beta, o.bound) == (0.7, 8, 0.1, 1.0)

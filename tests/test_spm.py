@@ -38,12 +38,14 @@ def message(*parts):
 
 
 def pieces():
-    """Unknown, control, bytes, then pieces with falling scores: merges in the order in which they were learned."""
+    """Unknown, control, bytes, then learned pieces: scores fall in the order of learning, ids are in another one."""
     special = [("<unk>", 0.0, spm.UNKNOWN), ("<s>", 0.0, spm.CONTROL), ("</s>", 0.0, spm.CONTROL)]
     in_bytes = [(f"<0x{b:02X}>", 0.0, spm.BYTE) for b in range(256)]
     learned = ["lo", "▁t", "ll", "low", "he", "▁the", "▁low", "llo", "hello", "▁hello", "er", "▁lower", "wo", "wor", "▁▁", "ow", "st", "est", "▁lowest", "el", "elo"]
+    learned += ["<0", "x4", "<0x4", "1>"]                                    # of which a piece of type byte could be joined
     learned += sorted(set("".join(learned)) | set("abdxy"))
-    return special + in_bytes + [(piece, -float(i), spm.NORMAL) for i, piece in enumerate(learned)]
+    scored = [(piece, -float(i), spm.NORMAL) for i, piece in enumerate(learned)]
+    return special + in_bytes + sorted(scored, key=lambda entry: entry[0][::-1])
 
 
 def write(path, all_pieces, trainer=((3, 2),), normaliser=((1, "identity"), (3, 1), (4, 0))):
@@ -88,7 +90,7 @@ def test_control_pieces_in_a_text(tmp_path):
 def test_chat_reads_tokenizer_model(tmp_path):
     """A folder without tokenizer.json, as Vicuna's; where both lie tokenizer.json is read."""
     write(tmp_path / "tokenizer.model", pieces())
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 330, "bos_token_id": 1, "eos_token_id": 2}))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}))
     chat = Chat(tmp_path)
     assert (chat.eos_id, chat.pad_id, chat.stop) == (2, 0, {2})
