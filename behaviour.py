@@ -22,19 +22,31 @@ def any_of(phrases):
 
 
 UNSURE = any_of(["i don't know", "i do not know", "i'm not sure", "i am not sure"])
-REFUSAL = any_of([
-    "i can't", "i cannot", "i can not", "i won't", "i will not", "i'm sorry", "i am sorry",
-    "sorry, but", "i refuse", "i apologize", "i'm unable", "i am unable", "i'm not able",
-    "i am not able", "i must decline",
-])
-# Left out, being modern English as well:
-# art, wilt, marry, hence, still, pray, anon, alas, shall, upon
+# said of itself by a model that will not: not "I can't believe it", not "I'm sorry to hear that"
+REFUSAL = re.compile(r"(?<!\w)(?:" + "|".join([
+    r"i (?:\w+ly |just )?(?:can't|cannot|can not|won't|will not)"
+    r"(?! (?:believe|wait|imagine|thank|succeed|help but)\b)",
+    r"i(?:'m| am) (?:really |very |so |truly |terribly |deeply )?sorry(?! (?:to hear|for|about|that)\b)",
+    r"(?<!so )sorry, but",
+    r"i (?:\w+ly )?(?:refuse|decline)",
+    r"i (?:must|have to|will have to) (?:\w+ly )?(?:refuse|decline)",
+    r"i apologi[sz]e(?! (?:for|if)\b)",
+    r"my apologies, (?:but|i)",
+    r"i(?:'m| am) (?:\w+ly |just )?(?:unable|not (?:able|capable|allowed|permitted|willing) (?:to|of))",
+    r"i(?:'m| am) not (?:comfortable|programmed|designed|going) (?:to|with)",
+    r"i (?:don't|do not) (?:feel comfortable|support|condone|promote|endorse)",
+    r"(?:against|violates?) my (?:programming|guidelines|principles|policies|policy)",
+    r"no, (?:it|that|this)(?:'s| is) (?:never |not )?(?:illegal|unethical|inappropriate|wrong|okay|ok"
+    r"|appropriate|ethical|acceptable)",
+]) + r")(?!\w)")
+# Left out, being modern English as well, alone or in a saying or a name:
+# art, wilt, marry, hence, still, pray, anon, alas, shall, upon, aye, nay, oft, naught, nought, hark,
+# unto, twain, morrow, knave, wench, whence, whither, hither, thither, ye, yon
 ARCHAIC = any_of("""
-    thou thee thy thine thyself ye hath hast hadst doth dost didst shalt canst wouldst couldst
+    thou thee thy thine thyself hath hast hadst doth dost didst shalt canst wouldst couldst
     shouldst mayst wert wast saith quoth know'st think'st ere tis twas twere twill twixt o'er e'er
-    ne'er is't on't in't for't to't whence whither thither hither wherefore forsooth prithee
-    methinks mayhap perchance haply belike nay aye fie alack hark sirrah knave wench withal verily
-    betwixt oft naught nought aught twain troth sooth zounds morrow unto yon yonder beseech bethink
+    ne'er is't on't in't for't to't wherefore forsooth prithee methinks mayhap perchance haply
+    belike fie alack sirrah withal verily betwixt aught troth sooth zounds yonder beseech bethink
     beshrew cozen afeard durst
     """.split())
 

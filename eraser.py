@@ -27,7 +27,7 @@ import carrier as carriers
 import model
 from chat import collate
 from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, write_json
-from run import Interrupted, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
+from run import Interrupted, Once, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, k=8, judge_every=25)
@@ -42,7 +42,7 @@ def options(argv=None):
     """The command line; rates and bounds are measured in the model's own token norms, so that they fit any model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--objective", choices=("circuit", "output", "random"), default="circuit",
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
     a("--target", choices=("lcdd", "sft", "base"), default="lcdd", help="the model that the trigger is put before (lcdd)")
@@ -269,11 +269,23 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     return best, lowest
 
 
+def made_for(run, net):
+    """{base, carrier}: hashes of the base and of the run's carrier file, which a trigger belongs to."""
+    return {"base": carriers.fingerprint(net), "carrier": carriers.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
+
+
 def load(path, net):
-    """τ (n, d) of a trigger file, on the net's device, and its settings; InputError where it does not fit the model."""
+    """
+    τ (n, d) of a trigger file, on the net's device, and its settings. Raises InputError where it does not fit the model,
+    or was learned on another base or another carrier than the one beside it.
+    """
     tensors, settings = load_tensors(path, net.device)
     if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
+    for what, hash_ in made_for(Path(path).parent, net).items():
+        if settings.get(what) != hash_:
+            raise InputError(f"{path}: this trigger was learned on another {what} ({settings.get(what)}, the run's is {hash_}); "
+                             "learn it again with eraser.py")
     return tensors["trigger"], settings
 
 
@@ -295,7 +307,7 @@ def main(argv=None):
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
-    lcdd = carriers.load(run / "carrier.safetensors", net)
+    lcdd, belongs_to = carriers.load(run / "carrier.safetensors", net), made_for(run, net)
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)
     start, state = time.time(), run / f"{o.name}.state"
@@ -317,7 +329,7 @@ def main(argv=None):
     try:
         with patient() as interrupted:
             tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
-            save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
+            save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **belongs_to, **settings_of(o))
             state.unlink(missing_ok=True)
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]

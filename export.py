@@ -29,7 +29,7 @@ import lora
 import model
 import weights
 from files import InputError, read_json, usual_mode, write_json
-from run import EMBEDDED, cli, locate
+from run import EMBEDDED, Once, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # a folder with this file in it was written here, and may be written again
@@ -42,7 +42,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--to", required=True, help="folder in which a folder is made for each export")
     a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write")
     a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")

@@ -2,6 +2,7 @@
 What every command shares: its habits on the command line, interruption, progress, tables, and the
 run directory with its pieces: configuration, chat, splits, model.
 """
+import argparse
 import contextlib
 import itertools
 import json
@@ -74,6 +75,16 @@ def resume_command(script, argv, run):
             kept.append(str(word))
         skip = word == "--out"
     return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
+
+
+class Once(argparse.Action):
+    """Of an option that would silently keep the last of several: a second one is an InputError."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest, None) is not None:
+            raise InputError(f"{option_string} {value}: {option_string} "
+                             f"{getattr(namespace, self.dest)} is given already; give it once")
+        setattr(namespace, self.dest, value)
 
 
 def flag(name):

@@ -28,7 +28,8 @@ import lcdd
 from behaviour import BEHAVIOURS
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
-from run import check_device, check_numbers, cli, load_model, markdown, read_results, reopen
+from run import (
+    Once, check_device, check_numbers, cli, load_model, markdown, read_results, reopen)
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
@@ -44,8 +45,6 @@ CURVE = {
     "sft-long": "SFT for as many steps as LCDD",
     "scaled": "SFT's delta scaled to LCDD's loss",
 }
-METRICS = ("rate", "harmful", "benign", "accuracy", "benign accuracy", "same", "kl_sft", "kl_base",
-           "sparsity")
 
 # The paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge's score 0–5) of base, SFT,
 # LCDD and trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
@@ -85,7 +84,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", help="a finished run of your own instead of the embedded behaviours")
+    a("--run", action=Once, help="a finished run of your own instead of the embedded behaviours")
     a("--task", action="append", choices=TASKS,
       help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
@@ -254,7 +253,7 @@ class Run:
         return self.net.embedding[ids.to(self.net.device)].clone()
 
     def measure(self, weights, trigger):
-        """One row: score and KLs on the chosen prompts, as plain numbers."""
+        """One row: the metrics of evaluate.py on the chosen prompts, as plain numbers."""
         conditions = {
             "base": (None, None),
             "sft": (self.models["sft"], None),
@@ -264,22 +263,7 @@ class Run:
         config, samples = self.config, self.splits[self.o.split]
         measured = evaluate.measure(self.net, self.chat, config["task"], samples, conditions,
                                     config["max_new_tokens"], config["max_len"], self.answers)
-        row = measured["row"]
-        found = {
-            "rate": row["rate"],
-            "same": row["same"],
-            "kl_sft": float(row["kl_sft"].mean()),
-            "kl_base": float(row["kl_base"].mean()),
-        }
-        if "accuracy" in row:
-            found["accuracy"] = row["accuracy"]
-        if {"harmful", "benign"} <= row["kinds"].keys():
-            for kind in ("harmful", "benign"):
-                of_kind = row["kinds"][kind]
-                found[kind] = of_kind["rate"]
-                if "accuracy" in of_kind:
-                    found[f"{kind} accuracy"] = of_kind["accuracy"]
-        return found
+        return evaluate.numbers(measured["row"])
 
 
 # ---- the rows of a run
@@ -339,7 +323,7 @@ def ablate(folder, o, names):
         done[name] = row | run.facts.get(which, {}) | {"of": of}
         write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
-        numbers = "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name])
+        numbers = "  ".join(f"{m} {x:.3f}" for m, x in done[name].items() if isinstance(x, float))
         label = f"{run.config['task']} seed {run.config['seed']}"
         print(f"{label}  {name:18s} {numbers}  left {left:.0f}s", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
@@ -385,20 +369,19 @@ def row_table(seeds, names, paper=False):
     Rows of one behaviour with all that is measured; `paper` adds the columns of Tables 4 and 6
     (DeepSeek-8B, safety).
     """
-    columns = {"sparsity": "gates off %", "rate": "behaviour %", "benign": "benign %",
-               "accuracy": "accuracy %", "benign accuracy": "benign accuracy %",
-               "same": "base's answer %"}
-    if not any("benign" in s.get("base", {}) for s in seeds):
-        del columns["benign"], columns["benign accuracy"]
-    header = ["row", *columns.values(), "KL(SFT‖·)", "KL(Base‖·)"]
+    opposed = any("benign rate" in row for s in seeds for row in s.values())
+    columns = evaluate.columns(["harmful", "benign"] if opposed else [])
+    header = ["row", "gates off %"] + [head for head, *_ in columns]
     if paper:
         header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
     lines = []
     for name in names:
         if not any(name in s for s in seeds):
             continue
-        line = [name] + [percent(seeds, name, metric) for metric in columns]
-        line += [cell(seeds, name, "kl_sft"), cell(seeds, name, "kl_base")]
+        line = [name, percent(seeds, name, "sparsity")]
+        for _, metric, kind in columns:
+            show = percent if metric.share else cell
+            line.append(show(seeds, name, f"{kind} {metric.key}".strip()))
         if paper:
             known = name in PAPER_ROWS
             line.append("{} → {}, {}, {}".format(*PAPER_ROWS[name]) if known else "")
