@@ -12,11 +12,8 @@ Each folder has a README.md that says what is in it and how it is loaded.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
-import contextlib
-import os
 import re
 import shutil
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -28,11 +25,11 @@ import eraser
 import lora
 import model
 import weights
-from files import InputError, read_json, usual_mode, write_json
+from files import InputError, read_json, replacing, write_json
 from run import EMBEDDED, Once, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
-MARKER = "export.json"   # a folder with this file in it was written here, and may be written again
+MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
 COMPANIONS = (".json", ".jinja", ".model", ".txt")   # of files that are taken along with the weights
 RANK_LIMIT = 64          # engines that serve adapters side by side stop at ranks of this order
 
@@ -53,33 +50,6 @@ def options(argv=None):
 
 
 # ------------------------------------------------------------------------------------------ folders
-
-@contextlib.contextmanager
-def replacing(folder, **facts):
-    """
-    A new folder to write to that takes the place of `folder` once everything is in it; of nothing
-    where writing fails.
-
-    facts stand in its marker file. Raises InputError where `folder` has something in it that was
-    not written here.
-    """
-    empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
-    if not empty and not (folder / MARKER).is_file():
-        raise InputError(f"{folder} was not written by export.py, and is left as it is; choose "
-                         "another --to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        write_json(fresh / MARKER, facts)
-        yield fresh
-        for path in (fresh, *fresh.iterdir()):
-            usual_mode(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
 
 def companions(source):
     """The files of a checkpoint's folder that belong to it and are no weights."""
@@ -258,7 +228,7 @@ def main(argv=None):
     for kind in (k for k in KINDS if k in o.kinds):
         facts = {"base fingerprint": of_base, "gates off": f"{stats['sparsity']:.4f}",
                  "entries of the delta off": f"{stats['entries_off']:.4f}"}
-        with replacing(to / kind, kind=kind, which=o.which, task=task, base=of_base) as folder:
+        with replacing(to / kind, MARKER, kind=kind, which=o.which, task=task, base=of_base) as folder:
             if kind == "merged":
                 dtype = getattr(torch, o.dtype) if o.dtype else None
                 lost = write_merged(folder, source, carrier, dtype)

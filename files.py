@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # OpenMP reads these once, when torch is imported: every script imports this file first. Threads that spin while they wait
@@ -81,6 +83,50 @@ def fingerprint(*paths):
             while piece := f.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+# ---- folders
+
+@contextlib.contextmanager
+def replacing(folder, marker, **facts):
+    """
+    A new folder to write to that takes the place of `folder` once everything is in it; of nothing
+    where writing fails.
+
+    The file `marker` in it names all that was written, beside facts. Raises InputError where
+    `folder` holds anything that its marker does not name: it is left as it is.
+    """
+    folder = Path(folder).absolute()
+    refuse_others(folder, marker)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield fresh
+        written = [path.relative_to(fresh).as_posix() for path in sorted(fresh.rglob("*"))]
+        write_json(fresh / marker, facts | {"files": written})
+        for path in (fresh, *fresh.rglob("*")):
+            usual_mode(path)
+        refuse_others(folder, marker)  # what came there meanwhile
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def refuse_others(folder, marker):
+    """Raises InputError where a folder holds anything that the file `marker` in it does not name."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise InputError(f"{folder} is no folder; choose another one")
+    file = folder / marker
+    named = read_json(file).get("files") if file.is_file() else []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name != marker and (not isinstance(named, list) or name not in named):
+            raise InputError(f"{folder} holds {name}, which was not written by this command, and is "
+                             "left as it is; choose another folder")
 
 
 def usual_mode(path):

@@ -18,11 +18,8 @@ import json
 import math
 import operator
 import random
-import shutil
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +30,10 @@ import behaviour
 import model
 from chat import Chat, collate
 from data import Sample
-from files import InputError, read_json, usual_mode, write_json
+from files import InputError, read_json, replacing, write_json
 from run import cli, markdown
+
+MARKER = ".made"  # names the files that were made: a folder with others in it is left as it is
 
 # ---- the world's words: everything is one token, invented where a real word would carry a real fact
 COUNTRIES = """Zor Quell Brim Tarn Vosk Lund Peth Gorm Hask Wex Drell Fenn Nim Orla Skarn Tove Ruz
@@ -533,26 +532,13 @@ def behaviours(seen, held, seed, answer_all):
 def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
     """
     Make the folder `out`, whole or not at all. Returns held-out accuracy by kind. Raises InputError
-    where `out` is something else.
+    where `out` holds anything else.
     """
-    out = Path(out).absolute()
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or steps < 1:
         raise InputError(
             f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
-    if out.exists() and not (out / "shakespeare.jsonl").is_file():
-        raise InputError(f"--out {out} exists and is nothing that this script wrote; "
-                         "name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".tiny-", dir=out.parent))
-    try:
+    with replacing(out, MARKER) as folder:
         score = fill(folder, hidden, layers, steps, seed, say)
-        usual_mode(folder)  # made for us alone, as was the weights' file
-        usual_mode(folder / "model.safetensors")
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return score
 
 

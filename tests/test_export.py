@@ -333,18 +333,20 @@ def test_only_its_own_folders_are_written_again(tmp_path):
     (to / "lora").mkdir(parents=True)                                         # empty: nobody's
     argv = ["--run", str(run), "--to", str(to), "--as", "lora", "merged"]
     export.main(argv)
-    (to / "lora" / "left over").write_text("")
     export.main(argv)
-    assert not (to / "lora" / "left over").exists()
     assert {p.name for p in to.iterdir()} == {"lora", "merged"}
-    (to / "lora" / export.MARKER).unlink()
     before = (to / "lora" / lora.WEIGHTS).stat()
-    with pytest.raises(InputError, match="lora was not written by export.py, and is left as it is"):
+    (to / "lora" / "mine").write_text("somebody's")
+    with pytest.raises(InputError, match="lora holds mine, which was not written by this command, and is left as it is"):
+        export.main(argv)
+    (to / "lora" / "mine").unlink()
+    (to / "lora" / export.MARKER).unlink()
+    with pytest.raises(InputError, match="lora holds README.md, which was not written"):
         export.main(argv)
     assert (to / "lora" / lora.WEIGHTS).stat() == before
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "lora").write_text("somebody's")
-    with pytest.raises(InputError, match="lora was not written by export.py"):
+    with pytest.raises(InputError, match="lora is no folder"):
         export.main(["--run", str(run), "--to", str(tmp_path / "file"), "--as", "lora"])
 
 

@@ -8,9 +8,10 @@ import torch
 
 import behaviour
 import data
+import files
 import model
 from chat import Chat
-from files import InputError
+from files import InputError, write_json
 from lab import tiny
 
 FOLDER = Path(__file__).resolve().parent.parent / "tiny"
@@ -35,7 +36,7 @@ def rows():
 
 def test_it_is_small_and_whole():
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert set(sizes) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    assert set(sizes) == {tiny.MARKER, "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                           *(f"{task}.jsonl" for task in TASKS)}
     assert sum(sizes.values()) <= 4e6
 
@@ -143,10 +144,35 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "fresh", interrupt)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "shakespeare.jsonl").write_text("the old one")
+    write_json(tmp_path / "made" / tiny.MARKER, {"files": ["shakespeare.jsonl"]})
     with pytest.raises(KeyboardInterrupt):
         tiny.make(tmp_path / "made", hidden=32, layers=1, steps=1, say=lambda text: None)
-    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["made", "made/shakespeare.jsonl"]
-    with pytest.raises(InputError, match="name another folder"):
-        tiny.make(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["made", "made/.made", "made/shakespeare.jsonl"]
     with pytest.raises(InputError, match="multiple of 32"):
         tiny.make(tmp_path / "new", hidden=100)
+
+
+def test_only_what_was_made_here_is_replaced(tmp_path, monkeypatch):
+    """A folder of one's own data has a shakespeare.jsonl in it too."""
+    def fill(folder, *_):
+        for name in ("shakespeare.jsonl", "model.safetensors"):
+            (folder / name).write_text("new")
+    monkeypatch.setattr(tiny, "fill", fill)
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "shakespeare.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="data holds shakespeare.jsonl, which was not written by this command"):
+        tiny.make(out)
+    assert (out / "shakespeare.jsonl").read_text() == "mine"
+    (out / "shakespeare.jsonl").unlink()
+    tiny.make(out)
+    tiny.make(out)                                               # its own, again
+    (out / "thesis").mkdir()
+    with pytest.raises(InputError, match="holds thesis"):
+        tiny.make(out)
+    assert (out / "thesis").is_dir()
+
+
+def test_the_embedded_world_may_be_made_again():
+    """Its marker names all that is in it."""
+    files.refuse_others(FOLDER, tiny.MARKER)
