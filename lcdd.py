@@ -26,7 +26,7 @@ import carrier as carriers
 import lora
 import data
 import model
-from carrier import Carrier, penalty
+from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import Failed, InputError, append_jsonl, fingerprint, load_tensors, save_tensors, write_json, write_text
 from run import (EMBEDDED, Interrupted, check_device, check_numbers, cli, duration, locate, open_run, patient, prepare, read_results,
@@ -215,10 +215,12 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None):
     Every supervised token of the batch weighs the same, so 1 × 32 and 4 × 8 are the same step."""
     batch = sorted(batch, key=lambda e: len(e[0]))                                          # less padding a micro-batch
     tokens = sum(sum(mask[1:]) for _, mask in batch)
+    several = len(batch) > micro_batch
+    step = OneStep(carrier, keep=several and not net.checkpoint)                            # recomputation is to save memory
     total = 0.0
     for i in range(0, len(batch), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(batch[i:i + micro_batch], pad_id))
-        loss = task_loss(net, carrier, ids, mask, teacher) / tokens
+        loss = task_loss(net, step, ids, mask, teacher) / tokens
         loss.backward()
         total += loss.detach()
     return float(total)
