@@ -93,7 +93,8 @@ def options(argv=None):
     a("--sft-lr", type=float, help="AdamW, falling linearly to 0 (default 0.125 / d; the paper: 2e-5)")
     a("--sure", type=float, default=0.001, help="SFT and settling come to an early end when the loss is under this, in nats a token (0.001; 0: never)")
     a = p.add_argument_group("LCDD").add_argument
-    a("--train", choices=("joint", "mask-ce", "mask-kl"), default="joint", help="mask-*: gates only, Δ frozen (App. E)")
+    a("--train", choices=("joint", "mask-ce", "mask-kl", "mask-kl-true"), default="joint",
+      help="mask-*: gates only, Δ frozen (App. E); mask-kl has SFT's distributions as soft targets, mask-kl-true the KL itself")
     a("--epochs", type=float, help="phase 2 in epochs, instead of steps (the paper: 10 or 20)")
     a("--steps", type=int, help="phase 2 in optimizer steps (600)")
     a("--settle", type=int, default=200, help="further steps with the gates fixed and the lr falling to 0 (200; the paper: 0)")
@@ -184,8 +185,10 @@ def pull(o):
 
 # ------------------------------------------------------------------------------------------------------------- the loss
 
-def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024):
-    """L, summed over the tokens that `mask` (B, T) marks: cross-entropy, or KL(teacher ‖ gated) (App. E).
+def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024, divergence=False):
+    """
+    L, summed over the tokens that `mask` (B, T) marks: cross-entropy, with the teacher's distributions as soft targets
+    where there is one (App. E). divergence: without the teacher's own entropy, KL(teacher ‖ gated); the gradient is the same.
 
     The head runs on those positions only, `chunk` tokens at a time, recomputed in the backward pass where there are
     more: with 152k words the logits of a whole batch would be most of the memory.
@@ -201,8 +204,8 @@ def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024):
         logits = model.wide(net.head(h))                                                        # (chunk, V)
         if t is None:
             return F.cross_entropy(logits, y, reduction="sum")
-        p = model.wide(net.head(t)).log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), p, log_target=True, reduction="sum")
+        p, q = model.wide(net.head(t)).log_softmax(-1), logits.log_softmax(-1)
+        return -(p.exp() * (q - p if divergence else q)).sum()
 
     pieces = [(hidden[i:i + chunk], target[i:i + chunk], aim if aim is None else aim[i:i + chunk])
               for i in range(0, len(target), chunk)]
@@ -210,7 +213,7 @@ def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024):
     return sum(run(*p) for p in pieces)
 
 
-def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None):
+def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence=False):
     """Gradients of the mean task loss over one optimizer batch [(ids, mask), …], however it is cut; returns the loss.
     Every supervised token of the batch weighs the same, so 1 × 32 and 4 × 8 are the same step."""
     batch = sorted(batch, key=lambda e: len(e[0]))                                          # less padding a micro-batch
@@ -220,7 +223,7 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None):
     total = 0.0
     for i in range(0, len(batch), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(batch[i:i + micro_batch], pad_id))
-        loss = task_loss(net, step, ids, mask, teacher) / tokens
+        loss = task_loss(net, step, ids, mask, teacher, divergence=divergence) / tokens
         loss.backward()
         total += loss.detach()
     return float(total)
@@ -484,7 +487,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     progress = Progress(run, "lcdd", o.steps, start)
     for t in range(start, o.steps):
         # L and its gradients by Δ and m
-        loss = gradients(net, carrier, draw(examples, o.batch, t, o.seed + 1), o.micro_batch, pad_id, teacher)
+        loss = gradients(net, carrier, draw(examples, o.batch, t, o.seed + 1), o.micro_batch, pad_id, teacher, o.train == "mask-kl-true")
         guard(loss, "lcdd", t, state)
         stop = interrupted()
         if t % o.save_every == 0 or stop:                                                   # as it stood before this step
@@ -730,7 +733,7 @@ def train(o, net, chat, splits, examples, run, tuned):
         lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
         scores = check_sft(net, chat, o, lcdd, splits["validation"])
         results["validation"] = {name: s["rate"] for name, s in scores.items()}
-        teacher = lcdd.merge(net) if o.train == "mask-kl" else None
+        teacher = lcdd.merge(net) if o.train.startswith("mask-kl") else None
         lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
         start = time.time()
         with patient() as interrupted:

@@ -26,15 +26,24 @@ import eraser
 import evaluate
 import lcdd
 from behaviour import BEHAVIOURS
-from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
 from run import (
     Once, check_device, check_numbers, cli, load_model, markdown, read_results, reopen)
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
-MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl")
-PLAIN = ("base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl")  # without a trigger
+MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl", "noise", "blind", "floor-0")
+PLAIN = ("base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl",  # without a trigger
+         "noise", "blind", "floor-0")
+# LCDD once more with other settings: the paper's gates, whose initial noise decides; gates that see
+# the penalty and not the task; no floor under the budget
+VARIANTS = {
+    "noise": dict(select=0.0, gate_std=0.5),
+    "blind": dict(select=1e-9, gate_std=0.5),
+    "floor-0": dict(floor=0.0),
+}
+CHOICES = ("noise circuit", "blind circuit", "floor-0 circuit",
+           "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2")
 TABLE_4 = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
 TABLE_6 = ("mask-ce circuit", "mask-kl circuit")
 CONTROLS = ("lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit",
@@ -107,16 +116,7 @@ def options(argv=None):
 
 # ---- the models of a row
 
-@torch.no_grad()
-def mean_loss(net, weights, examples, pad_id, batch_size=64):
-    """Teacher-forced task loss of frozen weights, a token: what LCDD's budget is about."""
-    total = tokens = 0
-    for i in range(0, len(examples), batch_size):
-        ids, mask = collate(examples[i:i + batch_size], pad_id)
-        loss = lcdd.task_loss(net, weights, ids.to(net.device), mask.to(net.device))
-        total += float(loss)
-        tokens += int(mask[:, 1:].sum())
-    return total / tokens
+BATCH = 64  # samples a forward pass where only a loss is wanted
 
 
 def scaled_down(net, sft, loss, examples, pad_id, steps=10):
@@ -127,7 +127,7 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        if mean_loss(net, sft.merge(net, middle), examples, pad_id) > loss:
+        if lcdd.mean_loss(net, sft.merge(net, middle), examples, pad_id, BATCH) > loss:
             low = middle
         else:
             high = middle
@@ -163,7 +163,10 @@ class Run:
         self.carriers = {}    # of rows that have gates of their own
         self.facts = {
             "sft": {"sparsity": 0.0},
-            "lcdd": {"sparsity": self.lcdd.stats()["sparsity"]},
+            "lcdd": {
+                "sparsity": self.lcdd.stats()["sparsity"],
+                "dice": self.lcdd.dice(*(self.config[k] for k in ("gate_mean", "gate_std", "seed")))["share"],
+            },
         }
         self.targets = None   # of the trigger, once a row asks
         self.answers = {}     # of base and SFT, which every row is compared with
@@ -201,11 +204,13 @@ class Run:
         settings = argparse.Namespace(**self.config)
         if name == "sft-long":
             return self.make_sft_long(settings, training)
+        if name in VARIANTS:
+            return self.make_variant(name, settings, training)
         return self.make_mask(name, settings, training)
 
     def make_scaled(self):
         some = self.examples()[:256]
-        loss = mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id)
+        loss = lcdd.mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id, BATCH)
         merged, factor = scaled_down(self.net, self.sft(), loss, some, self.chat.pad_id)
         self.facts["scaled"] = {"factor": factor, "loss": loss}
         return merged
@@ -215,11 +220,22 @@ class Run:
         settings.sft_steps = read_results(self.folder)["stopped"]["steps"]
         if settings.train == "joint":
             settings.sft_steps += settings.settle
-        settings.sft_lr = settings.lr
+        settings.sft_lr, settings.sure = settings.lr, 0.0
         settings.seed += 1
         longer = self.sft()
         lcdd.train_sft(self.net, longer, o=settings, **training)
         return longer.merge(self.net)
+
+    def make_variant(self, name, settings, training):
+        """LCDD from the same SFT with other settings."""
+        vars(settings).update(VARIANTS[name])
+        other = self.sft()
+        other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
+        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=None, **training)
+        dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
+        self.facts[name] = facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
+        self.carriers[name] = other
+        return other.merge(self.net)
 
     def make_mask(self, name, settings, training):
         """Gates alone, with SFT's deltas frozen: mask-ce or mask-kl (App. E)."""
@@ -270,10 +286,11 @@ class Run:
 
 def rows_of(o, task):
     """Names of all rows, model by model: MODEL [OBJECTIVE [LENGTH]]; no length: the run's own."""
-    names = [*PLAIN, *TABLE_4, *TABLE_6, *CONTROLS]
+    names = [*PLAIN, *TABLE_4, *TABLE_6, *CONTROLS, *CHOICES]
     if task in o.curve_tasks:
         for length in o.lengths:
             names += [f"{name} circuit {length}" for name in CURVE]
+        names = list(dict.fromkeys(names))
         if o.lengths:
             names += ["lcdd slow", "sft slow"]
     names.sort(key=model_rank)
@@ -371,14 +388,14 @@ def row_table(seeds, names, paper=False):
     """
     opposed = any("benign rate" in row for s in seeds for row in s.values())
     columns = evaluate.columns(["harmful", "benign"] if opposed else [])
-    header = ["row", "gates off %"] + [head for head, *_ in columns]
+    header = ["row", "gates off %", "dice %"] + [head for head, *_ in columns]
     if paper:
         header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
     lines = []
     for name in names:
         if not any(name in s for s in seeds):
             continue
-        line = [name, percent(seeds, name, "sparsity")]
+        line = [name, percent(seeds, name, "sparsity"), percent(seeds, name, "dice")]
         for _, metric, kind in columns:
             show = percent if metric.share else cell
             line.append(show(seeds, name, f"{kind} {metric.key}".strip()))
@@ -424,6 +441,8 @@ def report(task, seeds, o, full):
         row_table(seeds, gates_only, paper),
         "Controls:",
         row_table(seeds, ["lcdd circuit", *CONTROLS]),
+        "What chooses the gates (dice: open gates that the initial noise alone would have kept):",
+        row_table(seeds, ["lcdd", "noise", "blind", "floor-0", "lcdd circuit", *CHOICES]),
     ]
     if task in o.curve_tasks and o.lengths:
         parts += ["The trigger's length:", curve_table(seeds, o.lengths, full)]
@@ -498,7 +517,9 @@ def work(folder, settings, o, names):
 def command(folder, settings, o):
     """The lcdd.py command line that repeats a run with another seed."""
     skipped = ("data_fingerprint", "base_fingerprint", "versions", "device")
-    argv = ["--out", folder, "--resume", "--device", o.device]
+    argv = ["--out", folder, "--resume", "--go-on", "--device", o.device]
+    if settings.get("brake") is False:
+        argv.append("--no-brake")
     for name, value in settings.items():
         if name in skipped or value is None or value is False:
             continue

@@ -95,10 +95,10 @@ def test_scaled_down_delta_has_the_loss_asked_for():
     net = make_net()
     c = make_carrier(net).with_gates(True)
     examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))]
-    full, none = (ablate.mean_loss(net, w, examples, 0) for w in (c.merge(net), None))
+    full, none = (lcdd.mean_loss(net, w, examples, 0, 64) for w in (c.merge(net), None))
     assert full < none
     weights, factor = ablate.scaled_down(net, c, (full + none) / 2, examples, 0, steps=16)
-    assert ablate.mean_loss(net, weights, examples, 0) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
+    assert lcdd.mean_loss(net, weights, examples, 0, 64) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
 
 
 def test_mean_loss_is_lcdds_own():
@@ -106,12 +106,12 @@ def test_mean_loss_is_lcdds_own():
     c = make_carrier(net)
     examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), answers())]
     want = lcdd.gradients(net, c, examples, 4, 0)
-    assert ablate.mean_loss(net, c.merge(net), examples, 0, batch_size=2) == pytest.approx(want, rel=1e-10)
+    assert lcdd.mean_loss(net, c.merge(net), examples, 0, 2) == pytest.approx(want, rel=1e-10)
 
 
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     out = tmp_path / "t"
-    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
+    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--go-on", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
             "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
     lcdd.main(argv)
     logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
@@ -121,16 +121,23 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     def spy(net, carrier, o, teacher, **rest):
         taught.append((o.train, teacher is not None))
         return train(net, carrier, o=o, teacher=teacher, **rest)
-    monkeypatch.setattr(ablate.eraser, "PRESETS", {"tiny": dict(length=4, steps=3, judge_every=3), "paper": {}})
+    options = ablate.eraser.options
+
+    def few_steps(argv=None):
+        o = options(argv)
+        o.length, o.steps, o.judge_every = 4, 3, 3
+        return o
+    monkeypatch.setattr(ablate.eraser, "options", few_steps)
     monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
     learn, learned = ablate.eraser.learn, []
     monkeypatch.setattr(ablate.eraser, "learn", lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a))
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
     rows = read_json(out / "fixed-seed0" / "ablation.json")
-    assert len(rows) == 21 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
+    curve = {f"{name} circuit 2" for name in ablate.CURVE}
+    assert len(rows) == 24 + len(curve | set(ablate.CHOICES)) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
-    assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
+    assert taught == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3] and rows["sft-long"]["kl_sft"] > 0
     usual = ablate.eraser.options(["--run", str(out / "fixed-seed0")]).lr
     assert learned.count((2, usual / 10, "circuit")) == 2 and learned.count((4, usual, "random")) == 1 and learned.count((4, usual, "output")) == 2
     whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
@@ -156,7 +163,8 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
     learned.clear()
     ablate.main()                                                 # rows of another trigger are not this run's any more
-    assert learned == [(7, 0.5, "circuit")] and set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit"}
+    assert learned == [(7, 0.5, "circuit"), (2, 0.5, "circuit")]
+    assert set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit", "lcdd circuit 2"}
     for wrong in (["--run", "x", "--task", "fixed"], ["--run", "x", "--out", "y"], ["--seed", "-1"]):
         monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
         with pytest.raises(InputError, match="leave out --task|--seed -1"):
@@ -392,7 +400,7 @@ def test_the_conditions_are_those_of_the_table(run, monkeypatch):
     net = model.load(ROOT / "tiny")
     save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)}, **eraser.made_for(run, net))
 
-    def spy(net, chat, task, samples, conditions, *rest):
+    def spy(net, chat, task, samples, conditions, *rest, **_):
         lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
         for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("shut", lcdd_.with_gates(False))):
             assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
@@ -491,7 +499,7 @@ def test_tables_have_each_number_under_its_name():
     assert main["KL(SFT→Trig)"] == "4.00 ± 0.00" and main["KL(Base→Trig)"] == "5.00 ± 0.00" and main["+ trigger"] == "70.0 ± 0.0" and main["sparsity %"] == "60.0 ± 0.0"
     assert main["LCDD"] == "20.0 ± 14.1"                          # the sample's standard deviation, of 10 and 30
     line = columns(ablate.row_table(seeds[:1], ["sft"]), 0)
-    assert line == {"row": "sft", "gates off %": "60.0", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00",
+    assert line == {"row": "sft", "gates off %": "60.0", "dice %": "–", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00",
                     "own KL(Base→·)": "6.00", "own loss": "7.00"}
     kinds = {f"{kind} {m}": x for kind, x in (("harmful", 0.8), ("benign", 0.9)) for m in ("rate", "kl_sft")}
     line = columns(ablate.row_table([{"sft": row | kinds}], ["sft"]), 0)

@@ -74,6 +74,18 @@ def test_chunked_head_has_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads)) and grads[0][0].abs().max() > 1e-4
 
 
+def test_soft_targets_are_the_divergence_and_the_teachers_entropy():
+    net, c = fresh()
+    _, other = fresh(seed=1)
+    teacher = other.with_gates(True).merge(net)
+    ids, mask = collate(examples(4), 0)
+    p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
+    entropy = -(p.exp() * p).sum()
+    soft = lcdd.task_loss(net, c, ids, mask, teacher).double()
+    true = lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double()
+    assert torch.allclose(soft - true, entropy, atol=1e-10)
+
+
 def test_kl_loss_is_the_divergence_from_the_teacher():
     net, c = fresh()
     _, other = fresh(seed=1)
@@ -82,8 +94,9 @@ def test_kl_loss_is_the_divergence_from_the_teacher():
     p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
     q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
     want = (p.exp() * (p - q)).sum()
-    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher).double(), want, atol=1e-10) and want > 1e-3
-    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher))) < 1e-12
+    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10)
+    assert want > 1e-3
+    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher, divergence=True))) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------- the controller
