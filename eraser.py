@@ -30,7 +30,7 @@ from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, 
 from run import Interrupted, Once, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
-PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, k=8, judge_every=25)
+PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -56,7 +56,7 @@ def options(argv=None):
     a("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate: falling to 0 along a cosine, or constant (the paper)")
     a("--bound", type=float, default=1.5, help="r of Eq. 28, in units of the mean token norm (1.5: the paper's 1.0 on Qwen3-0.6B)")
     a("--absolute", action="store_true", help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
-    a("--alpha", type=float, default=0.7, help="weight of L_kl (0.7)")
+    a("--alpha", type=float, default=2.0, help="weight of L_kl (2; the paper: 0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
     a("--k", type=int, default=8, help="positions of L_kl (8)")
     a("--positions", choices=("response", "final", "prompt"), default="response",

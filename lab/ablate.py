@@ -340,9 +340,10 @@ def ablate(folder, o, names):
         done[name] = row | run.facts.get(which, {}) | {"of": of}
         write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
-        numbers = "  ".join(f"{m} {x:.3f}" for m, x in done[name].items() if isinstance(x, float))
+        numbers = "  ".join(f"{m} {x:.3f}" for m, x in done[name].items()
+                            if isinstance(x, float) and " " not in m)
         label = f"{run.config['task']} seed {run.config['seed']}"
-        print(f"{label}  {name:18s} {numbers}  left {left:.0f}s", flush=True)
+        print(f"{label}  {name:18s} {numbers}  left {duration(left)}", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
     return done
 
