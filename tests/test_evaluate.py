@@ -392,7 +392,7 @@ def test_the_conditions_are_those_of_the_table(run, monkeypatch):
     net = model.load(ROOT / "tiny")
     save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)}, **eraser.made_for(run, net))
 
-    def spy(net, chat, task, samples, conditions, *rest):
+    def spy(net, chat, task, samples, conditions, *rest, **more):
         lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
         for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("shut", lcdd_.with_gates(False))):
             assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
