@@ -28,7 +28,7 @@ import lcdd
 from behaviour import BEHAVIOURS
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
-from run import check_device, check_numbers, cli, load_model, markdown, read_results, reopen
+from run import check_device, check_numbers, cli, duration, load_model, markdown, read_results, reopen
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
@@ -341,7 +341,7 @@ def ablate(folder, o, names):
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
         numbers = "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name])
         label = f"{run.config['task']} seed {run.config['seed']}"
-        print(f"{label}  {name:18s} {numbers}  left {left:.0f}s", flush=True)
+        print(f"{label}  {name:18s} {numbers}  left {duration(left)}", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
     return done
 
