@@ -323,8 +323,8 @@ def reopen(run):
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
     if fingerprint(*sources) != config["data_fingerprint"]:
-        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was trained, so held-out prompts "
-                         "may not be; restore it or train again")
+        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was "
+                         "trained, so held-out prompts may not be; restore it or train again")
     return config, chat, splits
 
 
