@@ -27,7 +27,7 @@ import carrier as carriers
 import model
 from chat import collate
 from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, write_json
-from run import Interrupted, Once, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
+from run import Interrupted, Meter, Once, check_device, check_numbers, cli, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
@@ -235,7 +235,6 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         tau.data.copy_(saved["tau"])
         best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
         optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
-    began = time.time()
     for t in range(start, o.steps + 1):
         if t % o.judge_every == 0 or t == o.steps:
             with torch.no_grad():
@@ -246,7 +245,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
             if loss < lowest:
                 lowest, best = loss, tau.detach().clone()
             if log:
-                log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest, left=(time.time() - began) / max(1, t - start) * (o.steps - t))
+                log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest)
         stop = interrupted()
         if state is not None and t > start and (stop or t % o.judge_every == 0):
             moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
@@ -322,15 +321,18 @@ def main(argv=None):
     print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, judged on {len(judge.ids)}; "
           f"write channels {int(mask.sum())} of {mask.numel()}")
 
-    def log(t, left, **values):
+    def log(t, **values):
         append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
-        print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {duration(left)}", flush=True)
+        meter.show(t, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
+    done = load_tensors(state)[1]["step"] if state.is_file() else 0
+    meter = Meter(o.name, o.steps, done)
     try:
         with patient() as interrupted:
             tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
             save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **belongs_to, **settings_of(o))
             state.unlink(missing_ok=True)
+        meter.close()
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]
         raise Interrupted(shlex.join(["python", "eraser.py", *map(str, words), "--resume"])) from None

@@ -29,7 +29,7 @@ import model
 from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import Failed, InputError, append_jsonl, fingerprint, load_tensors, save_tensors, write_json, write_text
-from run import (EMBEDDED, Interrupted, check_device, check_numbers, cli, duration, locate, open_run, patient, prepare, read_results,
+from run import (EMBEDDED, Interrupted, Meter, check_device, check_numbers, cli, locate, open_run, patient, prepare, read_results,
                  resume_command, ticker)
 
 # Settings that fit themselves: three rules from the width of the model and the number of steps (see fit() below).
@@ -342,20 +342,21 @@ class Stopped(KeyboardInterrupt):
 
 
 class Progress:
-    """Prints a line a log point and appends it to metrics.jsonl; knows the time left."""
+    """Shows a log point and appends it to metrics.jsonl."""
 
     def __init__(self, run, phase, steps, start):
-        self.run, self.phase, self.steps, self.start, self.began, self.shown = run, phase, steps, start, time.time(), 0.0
+        self.run, self.phase, self.steps, self.began, self.shown = run, phase, steps, time.time(), 0.0
+        self.meter = Meter(phase, steps, start)
 
     def log(self, t, **values):
         """Take in the numbers of step t; at most one line a second on the screen."""
-        now = time.time()
+        now, last = time.time(), t + 1 == self.steps
         append_jsonl(self.run / "metrics.jsonl", {"phase": self.phase, "step": t, **values, "seconds": round(now - self.began, 2)})
-        if now - self.shown > 1 or t + 1 == self.steps:
-            self.shown = now
-            left = (now - self.began) / (t + 1 - self.start) * (self.steps - t - 1)
-            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
-            print(f"{self.phase} {t + 1}/{self.steps}  {text}  left {duration(left)}", flush=True)
+        if now - self.shown > 1 or last:
+            self.shown, self.meter.total = now, self.steps
+            self.meter.show(t + 1, "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None))
+        if last:
+            self.meter.close()
 
 
 def save_state(path, carrier, optimizer, extra=None, **metadata):
@@ -518,6 +519,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
                          sparsity=stats["sparsity"], open=stats["gates"]["open"])
             verdict = early.update(stats["gates"]["open"], loss, controller.reference)
             if verdict:
+                progress.meter.close()
                 print(f"lcdd: {verdict}", flush=True)
                 reason = verdict
                 break

@@ -13,9 +13,11 @@ import shlex
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import model
 from chat import Chat
@@ -43,7 +45,11 @@ def cli(main):
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
+        try:
+            main()
+        finally:
+            for meter in list(METERS):
+                meter.close()
     except InputError as e:
         print(f"{'failed' if isinstance(e, Failed) else 'error'}: {e}", file=sys.stderr)
         sys.exit(e.status)
@@ -156,20 +162,47 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+class Meter:
+    """How far a piece of work is: a bar where the output is a terminal, and lines where it is not."""
+
+    def __init__(self, label, total, start=0):
+        self.label, self.total, self.start, self.began = label, total, start, time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(desc=label, total=total, initial=start, file=sys.stdout,
+                            dynamic_ncols=True)
+            METERS.add(self)
+
+    def show(self, done, text=""):
+        """Show that `done` of the total are done, a text about them, and the time left."""
+        if self.bar is not None:
+            self.bar.n, self.bar.total = done, self.total
+            self.bar.set_postfix_str(text)
+            return
+        spent = time.monotonic() - self.began
+        left = spent / max(1, done - self.start) * (self.total - done)
+        parts = [f"{self.label} {done}/{self.total}", text, f"left {duration(left)}"]
+        print("  ".join(part for part in parts if part), flush=True)
+
+    def close(self):
+        """End the bar's line, so that others can be printed."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+METERS = weakref.WeakSet()  # those with a bar, which cli() closes before it prints an error
+
+
 def ticker(label, total):
-    """
-    A function that takes how many of `total` are done, and prints that with the time left, every
-    five seconds at most.
-    """
-    began = shown = time.monotonic()
+    """A function that shows how many of `total` are done; lines come every five seconds at most."""
+    meter, shown = Meter(label, total), time.monotonic()
 
     def tell(done):
         nonlocal shown
         now = time.monotonic()
-        if done and now - shown > 5:
+        if done and (meter.bar is not None or now - shown > 5):
             shown = now
-            left = (now - began) / done * (total - done)
-            print(f"{label} {done}/{total}  left {duration(left)}", flush=True)
+            meter.show(done)
     return tell
 
 
@@ -301,8 +334,8 @@ def reopen(run):
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
     if fingerprint(*sources) != config["data_fingerprint"]:
-        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was trained, so held-out prompts "
-                         "may not be; restore it or train again")
+        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was "
+                         "trained, so held-out prompts may not be; restore it or train again")
     return config, chat, splits
 
 

@@ -28,7 +28,7 @@ import lcdd
 from behaviour import BEHAVIOURS
 from files import InputError, fingerprint, load_tensors, read_json, write_json
 from run import (
-    Once, check_device, check_numbers, cli, load_model, markdown, read_results, reopen)
+    Once, check_device, check_numbers, cli, duration, load_model, markdown, read_results, reopen)
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it

@@ -37,7 +37,7 @@ import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from model import Config
-from run import EMBEDDED, check_device, check_numbers, cli, locate, markdown, prepare
+from run import EMBEDDED, check_device, check_numbers, cli, duration, locate, markdown, prepare
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open
 # Qwen3-0.6B
@@ -629,7 +629,7 @@ def main(argv=None):
     result["batching"] = bench_batching(s, o.device, o.seed)
     result["growth"] = bench_growth(s, o.device)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    print(f"\n{result['seconds']:.0f} s in all.\n\n{json.dumps(result)}")
+    print(f"\n{duration(result['seconds'])} in all.\n\n{json.dumps(result)}")
 
 
 if __name__ == "__main__":
