@@ -247,7 +247,8 @@ class Controller:
 
     def __init__(self, o):
         self.o, self.raw, self.ema, self.budget, self.lam = o, 0.0, 0.0, None, o.lambda0
-        self.reference = None                               # the loss after warm-up, for the over-pruned stop
+        self.start = None                                   # the average when ε was set
+        self.reference = None                               # the same, ε's floor at least: for the over-pruned stop
 
     def warm(self, t):
         """From 0 to 1 over the warm-up."""
@@ -259,14 +260,17 @@ class Controller:
 
     def brake(self):
         """
-        1 far below the budget, 0 at it, down to −1 above: what is pruned slows down before the edge, and beyond it the
-        gates that shut last are the first to open again. The paper has 1 throughout; λ alone comes down too late,
-        for a gate that is shut hardly opens on its own.
+        1 where the loss is what it was when ε was set, 0 at ε, down to −1 beyond: what is pruned slows down before the
+        edge, and past it the gates that shut last are the first to open again. The paper has 1 throughout; λ alone comes
+        down too late, for a gate that is shut hardly opens on its own.
         """
         if self.budget is None or not self.o.brake:
             return 1.0
-        room = 1 - self.ema / max(self.budget, 1e-12)
-        return max(-1.0, room)
+        return max(-1.0, min(1.0, self.room()))
+
+    def room(self):
+        """What is left of the slack between the loss at the start and ε, as a share of it."""
+        return (self.budget - self.ema) / max(self.budget - self.start, 1e-12)
 
     def update(self, t, loss):
         """Take in the loss of step t; set ε once after warm-up, from then on move λ."""
@@ -276,10 +280,13 @@ class Controller:
         if t < o.warmup:
             return
         if self.budget is None:
+            self.start = self.ema
             self.budget = max((1 + o.rho) * self.ema, o.floor)
             self.reference = max(self.ema, o.floor)
             return
         v = (self.ema - self.budget) / max(self.budget, 1e-12)
+        if o.brake:
+            v = -self.room()                                                                # a loss that cannot go to 0 has little of ε to spend
         v = max(-o.violation_clip, min(o.violation_clip, v))
         eta = o.eta if v > 0 else o.eta_grow
         self.lam *= math.exp(min(-eta * v, 700))                                            # 700: where exp() overflows
