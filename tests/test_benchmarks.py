@@ -15,6 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import eraser
 import evaluate
 import model
 from chat import Chat
@@ -390,7 +391,8 @@ def test_replies_are_those_of_transformers(folder, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def triggered(run):  # noqa: F811
     """The run with a trigger that was not learned."""
-    save_tensors(run / "trigger.safetensors", {"trigger": torch.randn(2, 128)}, kind="trigger", target="lcdd")
+    save_tensors(run / "trigger.safetensors", {"trigger": torch.randn(2, 128)}, kind="trigger", target="lcdd",
+                 **eraser.made_for(run, model.load(Path(__file__).parent.parent / "tiny")))
     yield run
     (run / "trigger.safetensors").unlink()
 
