@@ -11,8 +11,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# OpenMP reads these once, when torch is imported: every script imports this file first. Threads that spin while they wait
-# make a busy machine many times slower; the few spins left are cheaper than waking a thread for each small operation.
+# OpenMP reads these once, when torch is imported: every script imports this file first. Threads that
+# spin while they wait make a busy machine many times slower; the few spins left are cheaper than
+# waking a thread for each small operation.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")

@@ -16,6 +16,7 @@ FLOORS = [
     {"paper"},
     {"lora"},
     {"run"},
+    {"settings"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},
