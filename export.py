@@ -75,8 +75,8 @@ def write_merged(folder, source, carrier, dtype=None):
         _, l, projection = name.split(".")
         blocks[f"{lora.module_name(l, projection)}.weight"] = delta, rows, cols
     missed = size = total = 0.0
-    files, index = weights.shards(source)
-    for file in files:
+    shards, index = weights.shards(source)
+    for file in shards:
         tensors = {}
         for name, t in weights.tensors(file):
             kept = dtype or t.dtype
