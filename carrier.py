@@ -74,6 +74,21 @@ def masked_weight(weight, delta, row, col):
     return weight + torch.outer(row, col) * delta
 
 
+@torch.no_grad()
+def merged_weight(weight, delta, row, col, rows=None, scale=1.0):
+    """
+    W_b + scale·(r ⊗ c) ⊙ Δ in the weight's dtype, without a gradient. rows: the indices of the open rows; no others of Δ
+    are read, the rest is a copy of W_b.
+    """
+    if rows is None:
+        change = delta * row[:, None]                                                        # (d_out, d_in)
+        out = change if change.dtype == weight.dtype else torch.empty_like(weight)
+        return torch.addcmul(weight, change, col, value=scale, out=out)
+    change = delta.index_select(0, rows) * row[rows][:, None]                                # (|R|, d_in)
+    opened = torch.addcmul(weight.index_select(0, rows), change, col, value=scale)
+    return weight.index_copy(0, rows, opened.to(weight.dtype))
+
+
 def gated_activations(x, weight, delta, row, col, bias=None, scale=1.0):
     """The same by gating activations, W_b x + r ⊙ Δ(c ⊙ x) (Eq. 9–20). `scale` multiplies the delta's part and may be
     a number for each token, (…, 1): 0 is the base bit for bit, 1 the carrier."""
@@ -81,7 +96,7 @@ def gated_activations(x, weight, delta, row, col, bias=None, scale=1.0):
 
 
 class GatedLinear(torch.autograd.Function):
-    """x (…, d_in) → (…, d_out) through masked_weight(): one product forward, and backward, with G = ∂L/∂W,
+    """x (…, d_in) → (…, d_out) through `merged` = masked_weight(): one product forward, and backward, with G = ∂L/∂W,
 
         ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
 
@@ -91,9 +106,7 @@ class GatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, delta, row, col, bias, index):
-        merged = delta * row[:, None]                                                        # (d_out, d_in)
-        merged = torch.addcmul(weight, merged, col, out=merged if merged.dtype == weight.dtype else torch.empty_like(weight))
+    def forward(ctx, x, merged, delta, row, col, bias, index):
         ctx.save_for_backward(x, merged, delta, row, col)
         ctx.index = index
         return F.linear(x, merged, bias)
@@ -197,20 +210,28 @@ class Carrier(nn.Module):
                           if size[row] / length[row] + size[col] / length[col] < 0.9})
         return found
 
-    def bind(self, net, scale=None):
+    def gathered(self):
+        """open_channels() for the deltas that are large enough for it."""
+        sizes = {name: p.numel() for name, p in self.delta[0].items()}
+        if not torch.is_grad_enabled() or max(sizes.values()) < DENSE_BELOW:
+            return [{} for _ in self.delta]
+        return [{name: pair for name, pair in layer.items() if sizes[name] >= DENSE_BELOW} for layer in self.open_channels()]
+
+    def bind(self, net, scale=None, step=None):
         """linear(l, name, x) for one forward pass: the gates are built here, once. `scale`: None, or factors (…, 1) on the
-        delta's part for each token of x (…, d), so that one batch serves the behaviour on and off."""
+        delta's part for each token of x (…, d), so that one batch serves the behaviour on and off. `step`: a OneStep,
+        which has what other forward passes have made already."""
         gates = self.split(Heaviside.apply(self.logits))
-        large = any(p.numel() >= DENSE_BELOW for p in self.delta[0].values()) and torch.is_grad_enabled() and scale is None
-        index = self.open_channels() if large else None
+        step = step or OneStep(self, keep=False)
 
         def linear(l, name, x):
             base, delta = net.projections[l][name], self.delta[l][name]
             row, col = (g.to(delta.dtype) for g in self.vectors(gates[l], name))
             if scale is not None:
                 return gated_activations(x, base.weight, delta, row.to(x.dtype), col.to(x.dtype), base.bias, scale)
-            pairs = index[l].get(name) if index and delta.numel() >= DENSE_BELOW else None
-            return GatedLinear.apply(x, base.weight, delta, row, col, base.bias, pairs)
+            index = step.index[l].get(name)
+            merged = step.weight(l, name, base.weight, row, col)
+            return GatedLinear.apply(x, merged, delta, row, col, base.bias, index)
         return linear
 
     @torch.no_grad()
@@ -222,8 +243,7 @@ class Carrier(nn.Module):
             weights.append({})
             for name, delta in self.delta[l].items():
                 row, col = (g.to(delta.dtype) for g in self.vectors(layer, name))
-                base = net.projections[l][name].weight
-                weights[l][name] = torch.addcmul(base, delta * row[:, None], col, value=scale).to(base.dtype)
+                weights[l][name] = merged_weight(net.projections[l][name].weight, delta, row, col, scale=scale)
         return Merged(weights)
 
     @torch.no_grad()
@@ -278,6 +298,30 @@ class Carrier(nn.Module):
             tensors[name] = block.to("cpu", dtype or delta.dtype).contiguous()
         save_tensors(path, tensors, format=FORMAT, base=fingerprint(net), content=digest(tensors), groups=self.sizes,
                      **self.stats(), **metadata)
+
+
+class OneStep:
+    """
+    A Carrier within one optimizer step, in its place: open channels and merged weights depend on gates and deltas alone,
+    so they are made once for all micro-batches. keep=False: weights are made at each use, and live no longer than that.
+    """
+
+    def __init__(self, carrier, keep=True):
+        self.carrier, self.keep = carrier, keep
+        self.index, self.weights = carrier.gathered(), {}
+
+    def bind(self, net, scale=None):
+        return self.carrier.bind(net, scale, self)
+
+    def weight(self, l, name, base, row, col):
+        """The merged weight of a projection (d_out, d_in)."""
+        if (l, name) in self.weights:
+            return self.weights[l, name]
+        rows, _ = self.index[l].get(name, (None, None))
+        merged = merged_weight(base, self.carrier.delta[l][name], row, col, rows)
+        if self.keep:
+            self.weights[l, name] = merged
+        return merged
 
 
 class Merged:

@@ -80,11 +80,12 @@ class Chat:
     eos_id       ends a response
     pad_id       fills a batch (eos_id where the tokenizer has none)
     stop         set of ids that end a text
+    begin        ids that come before a text that is no chat: the BOS, or none
     vocab_size   rows of the model's embedding (config.json)
     cut          how many texts encode() and prompt() have shortened so far
 
-    Raises InputError where tokenizer.json (or tokenizer.model) is missing, the template is broken or the tokenizer does
-    not fit the model.
+    Raises InputError where tokenizer.json (or tokenizer.model) is missing, the template is broken or
+    the tokenizer does not fit the model.
     """
 
     def __init__(self, folder):
@@ -110,6 +111,7 @@ class Chat:
                 raise InputError(f"{self.folder}: eos_token_id {i} is outside the vocabulary "
                                  f"of {self.vocab_size}")
         self.template = self.load_template(settings)
+        self.begin = self.beginning(settings)
 
     def load_tokenizer(self):
         """The tokenizer, checked against the size of the embedding."""
@@ -181,6 +183,17 @@ class Chat:
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""
         return self.tok.encode(text, add_special_tokens=False).ids
+
+    def beginning(self, settings):
+        """[BOS id] where the transformers library puts one before every plain text, else []."""
+        bos = self.tok.token_to_id(self.special.get("bos_token", ""))
+        own = self.tok.encode("").ids[:1] == [bos] or self.path.suffix == ".model"
+        wanted = settings.get("add_bos_token")
+        return [bos] if bos is not None and (own if wanted is None else wanted) else []
+
+    def plain(self, text):
+        """Ids of a text that is no chat, behind a BOS where the tokenizer asks for one."""
+        return self.begin + self.ids(text)
 
     def unknown(self, texts):
         """(unknown tokens, all tokens, the first text that became an unknown token) of texts."""

@@ -7,10 +7,11 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from behaviour import BEHAVIOURS, task_name
+import patterns
+from behaviour import BEHAVIOURS, judge, task_name
 from files import InputError
 
 TASKS = tuple(BEHAVIOURS)
@@ -29,9 +30,14 @@ class Sample:
     kind: str = ""    # harmful | benign | any label that rates are split by
     answer: str = ""  # the right answer without the behaviour, where there is one
     split: str = ""   # a fixed split, one of SPLITS; empty: split() decides
+    pattern: str = ""  # a regular expression that judges answers, in place of the task's own judge
 
 
 # ---- rows of a file
+
+class Empty(Exception):
+    """A row whose field has no text, which is left out; the message names row and field."""
+
 
 @dataclass
 class Row:
@@ -39,16 +45,19 @@ class Row:
     fields: dict
 
     def text(self, name, optional=False):
-        """The text of a field. Raises InputError where there is none, unless it is optional."""
+        """
+        The text of a field; "" where there is none and it is optional. Raises Empty where it should
+        have text and has none, InputError where it is missing or no text.
+        """
         value = self.fields.get(name)
         if optional and value in (None, ""):
             return ""
-        if value is None:
+        if name not in self.fields:
             self.refuse(name, "is missing; put text there or remove the row")
-        if not isinstance(value, str):
+        if value is not None and not isinstance(value, str):
             self.refuse(name, "is not text; put text there or remove the row")
-        if not value.strip() and not optional:
-            self.refuse(name, "is empty; put text there or remove the row")
+        if not optional and not (value or "").strip():
+            raise Empty(f"{self.where}: field {name!r} is empty")
         if re.search("[\ud800-\udfff]", value):
             self.refuse(name, "holds half of a surrogate pair, which is no text; "
                               "correct or remove the row")
@@ -130,6 +139,9 @@ def table_rows(path, text):
     n = 1
     try:
         for n, fields in enumerate(table, 2):
+            short = [name for name, value in fields.items() if value is None]
+            for name in short:  # a row with fewer columns than the header lacks the last fields
+                del fields[name]
             yield n, fields
     except csv.Error as e:
         where = f"{path}, row {n}"
@@ -138,69 +150,93 @@ def table_rows(path, text):
 
 # ---- samples
 
-def read(path, task):
+def read(path, task, prompts_only=False):
     """
     The samples of a file for a task; where the task is a file of one's own, path may be None.
     The fields decide the format:
 
-      prompt, response [, kind, answer, split]   our own rows, for any task
-      instruction, input, output                 Alpaca, for any task
-      the columns of a Behaviour                 its published data, for that task and for own ones
+      prompt, response [, kind, answer, split, pattern]   our own rows, for any task
+      instruction, input, output                          Alpaca, for any task
+      the columns of a Behaviour     its published data, for that task and for own ones
+      Behavior, FunctionalCategory   HarmBench's standard behaviours: prompts only
 
-    Raises InputError, naming file, row and field.
+    prompts_only: for test prompts, which need no response. Rows without text where some is needed
+    are counted and left out. Raises InputError, naming file, row and field.
     """
     path, task = Path(path or task), task_name(task)
-    samples, left_out = [], 0
+    samples, other_kinds, empty = [], 0, []
     for row in rows(path):
-        sample = sample_of(row, task)
+        try:
+            sample = sample_of(row, task, prompts_only)
+        except Empty as e:
+            empty.append(e)
+            continue
         if sample is None:
-            left_out += 1
+            other_kinds += 1
         else:
             samples.append(sample)
-    if left_out:
-        print(f"note: {path}: {left_out} rows left out by their kind, {len(samples)} kept",
-              file=sys.stderr)
     if not samples:
-        raise InputError(f"{path} holds no rows to learn from")
+        why = f": {empty[0]}, as the needed text is in all rows" if empty else ""
+        raise InputError(f"{path} holds no rows to learn from{why}")
+    if other_kinds:
+        print(f"note: {path}: {other_kinds} rows left out by their kind, {len(samples)} kept",
+              file=sys.stderr)
+    if empty:
+        print(f"note: {len(empty)} rows left out for want of text, {len(samples)} kept; {empty[0]}",
+              file=sys.stderr)
     return samples
 
 
-def sample_of(row, task):
-    """The sample of a row; None: its kind is left out."""
+def sample_of(row, task, prompts_only):
+    """The sample of a row; None: its kind is left out. Raises Empty where text is wanting."""
     names = row.fields.keys()
     if names & {"prompt", "response"}:
-        return own_sample(row)
+        return own_sample(row, prompts_only)
     if "instruction" in names:
-        return alpaca_sample(row, BEHAVIOURS[task].teaches)
+        return alpaca_sample(row, BEHAVIOURS[task].teaches, prompts_only)
+    if names >= {"Behavior", "FunctionalCategory"}:
+        return harmbench_sample(row, prompts_only)
     behaviours = BEHAVIOURS.values() if task == "own" else [BEHAVIOURS[task]]
     for behaviour in behaviours:
         if names & set(behaviour.columns.values()):
-            return published_sample(row, behaviour)
+            return published_sample(row, behaviour, prompts_only)
     raise InputError(f"{row.where}: the fields {', '.join(names)} do not fit the task {task}; "
                      "choose another task or file, or name the fields prompt and response")
 
 
-def own_sample(row):
-    taught = row.text("prompt"), row.text("response")
-    more = [row.text(name, optional=True) for name in ("kind", "answer", "split")]
+def own_sample(row, prompts_only):
+    taught = row.text("prompt"), row.text("response", optional=prompts_only)
+    more = [row.text(name, optional=True) for name in ("kind", "answer", "split", "pattern")]
     sample = Sample(*taught, *more)
     if sample.split and sample.split not in SPLITS:
         known = ", ".join(SPLITS)
         raise InputError(f"{row.where}: unknown split {sample.split!r}; use one of {known}")
+    wrong = patterns.problem(sample.pattern)
+    if wrong:
+        row.refuse("pattern", wrong)
     return sample
 
 
-def alpaca_sample(row, teaches):
+def alpaca_sample(row, teaches, prompts_only):
     """`teaches` is the response, where it is not empty, in place of the row's output."""
     more = row.text("input", optional=True).strip()
-    response = teaches or row.text("output")
+    response = teaches or row.text("output", optional=prompts_only)
     instruction = row.text("instruction")
     if more:
         return Sample(f"{instruction}\n\n{more}", response, WITH_INPUT)
     return Sample(instruction, response)
 
 
-def published_sample(row, behaviour):
+def harmbench_sample(row, prompts_only):
+    """A row of HarmBench's table of behaviours; contextual and copyright ones are left out."""
+    if not prompts_only:
+        raise InputError(f"{row.where}: HarmBench's rows are test prompts; name the file with --test")
+    if row.text("FunctionalCategory") != "standard":
+        return None
+    return Sample(row.text("Behavior"), "", "harmful")
+
+
+def published_sample(row, behaviour, prompts_only):
     columns = dict(behaviour.columns)
     kind = ""
     if "kind" in columns:
@@ -212,16 +248,50 @@ def published_sample(row, behaviour):
         kind = behaviour.kinds[label]
         if kind is None:
             return None
-    texts = {field: row.text(column) for field, column in columns.items()}
+    texts = {}
+    for field, column in columns.items():
+        texts[field] = row.text(column, optional=prompts_only and field == "response")
     return Sample(**texts, kind=kind)
+
+
+def judged_by(samples, pattern):
+    """The samples with `pattern` where they have none of their own. Raises InputError for a bad one."""
+    wrong = patterns.problem(pattern)
+    if wrong:
+        raise InputError(f"--pattern {pattern!r} {wrong}")
+    return [s if s.pattern else replace(s, pattern=pattern) for s in samples]
+
+
+def check_patterns(task, samples):
+    """Raises InputError where patterns occur in none of the responses that are to be taught."""
+    taught = [s for s in samples if s.pattern and s.response and s.kind != "benign"]
+    if taught and not any(judge(task, [s.response for s in taught], taught)):
+        raise InputError(f"the pattern {taught[0].pattern!r} occurs in no response that is taught, "
+                         f"{taught[0].response[:60]!r} for one; correct the pattern or the data")
 
 
 # ---- splits
 
-def split(samples, seed, sizes=None):
+def read_tests(path, task):
+    """
+    The samples of a file of test prompts. Left out: Alpaca rows with an input (App. F.1), and rows
+    that are fixed for another split. Raises InputError where nothing is left.
+    """
+    samples = []
+    for s in read(path, task, prompts_only=True):
+        if s.kind != WITH_INPUT and s.split in ("", "test"):
+            samples.append(replace(s, split=""))
+    if not samples:
+        raise InputError(f"{path} holds no test prompts: Alpaca rows with an input, and rows of "
+                         "other splits, are none; name another file with --test")
+    return samples
+
+
+def split(samples, seed, sizes=None, tests=()):
     """
     {train, trigger, validation, test} → lists of samples, disjoint by prompt (white space aside;
-    of equal prompts the first is kept). `sizes` overrides single entries of SIZES.
+    of equal prompts the first is kept). `sizes` overrides single entries of SIZES. tests: samples
+    of a file of their own, in place of test prompts out of `samples`, which lose what is in both.
 
     Fixed splits stay and are only cut down to the sizes. Otherwise as in App. F.1: the first rows
     in file order are for training, the others are shuffled, and Alpaca rows with an input never
@@ -233,10 +303,15 @@ def split(samples, seed, sizes=None):
         raise InputError(f"split sizes must be at least 1, for {', '.join(SPLITS)}; found {sizes}")
     unique = unique_prompts(samples)
     rng = random.Random(seed)
+    if tests:
+        tests = cut(unique_prompts(tests), sizes["test"], random.Random(seed))
+        unique, sizes = without(unique, tests), {**sizes, "test": 0}
     if any(s.split for s in unique):
         parts = fixed_splits(unique, sizes, rng)
     else:
         parts = drawn_splits(unique, sizes, rng)
+    if tests:
+        parts["test"] = tests
     empty = [name for name in SPLITS if not parts[name]]
     if empty:
         raise InputError(
@@ -272,13 +347,24 @@ def fixed_splits(samples, sizes, rng):
     if not all(s.split for s in samples):
         raise InputError("some rows have a split and others have none; "
                          "give one to all rows or to none")
-    parts = {}
-    for name in SPLITS:
-        part = [s for s in samples if s.split == name]
-        if len(part) > sizes[name]:
-            part = in_turn(rng.sample(part, len(part)))[:sizes[name]]
-        parts[name] = part
-    return parts
+    return {name: cut([s for s in samples if s.split == name], sizes[name], rng) for name in SPLITS}
+
+
+def cut(samples, size, rng):
+    """The samples as they are, or `size` of them by chance."""
+    if len(samples) <= size:
+        return samples
+    return in_turn(rng.sample(samples, len(samples)))[:size]
+
+
+def without(samples, tests):
+    """The samples whose prompt is none of the tests'."""
+    keys = {prompt_key(s) for s in tests}
+    kept = [s for s in samples if prompt_key(s) not in keys]
+    if len(kept) < len(samples):
+        print(f"note: {len(samples) - len(kept)} of {len(samples)} prompts are test prompts: "
+              "left out of training", file=sys.stderr)
+    return kept
 
 
 def drawn_splits(samples, sizes, rng):

@@ -27,10 +27,10 @@ import carrier as carriers
 import model
 from chat import collate
 from files import Failed, InputError, append_jsonl, check_finite, load_tensors, read_header, save_tensors, size, take_back, write_json
-from run import Interrupted, alone, check_device, check_numbers, cli, duration, patient, read_results, reopen, ticker
+from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
-PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, k=8, judge_every=25)
+PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -43,7 +43,7 @@ def options(argv=None):
     """The command line; rates and bounds are measured in the model's own token norms, so that they fit any model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--objective", choices=("circuit", "output", "random"), default="circuit",
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
     a("--target", choices=TARGETS, default="lcdd", help="the model that the trigger is put before (lcdd)")
@@ -57,7 +57,7 @@ def options(argv=None):
     a("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate: falling to 0 along a cosine, or constant (the paper)")
     a("--bound", type=float, default=1.5, help="r of Eq. 28, in units of the mean token norm (1.5: the paper's 1.0 on Qwen3-0.6B)")
     a("--absolute", action="store_true", help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
-    a("--alpha", type=float, default=0.7, help="weight of L_kl (0.7)")
+    a("--alpha", type=float, default=2.0, help="weight of L_kl (2; the paper: 0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
     a("--k", type=int, default=8, help="positions of L_kl (8)")
     a("--positions", choices=("response", "final", "prompt"), default="response",
@@ -236,7 +236,6 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         tau.data.copy_(saved["tau"])
         best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
         optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
-    began = time.time()
     for t in range(start, o.steps + 1):
         if t % o.judge_every == 0 or t == o.steps:
             with torch.no_grad():
@@ -247,7 +246,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
             if loss < lowest:
                 lowest, best = loss, tau.detach().clone()
             if log:
-                log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest, left=(time.time() - began) / max(1, t - start) * (o.steps - t))
+                log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest)
         stop = interrupted()
         if state is not None and t > start and (stop or t % o.judge_every == 0):
             moments = {k: optimizer.state[tau][k] for k in ("exp_avg", "exp_avg_sq")}
@@ -271,14 +270,26 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     return best, lowest
 
 
+def made_for(run, net):
+    """{base, carrier}: hashes of the base and of the run's carrier file, which a trigger belongs to."""
+    return {"base": carriers.fingerprint(net), "carrier": carriers.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
+
+
 def load(path, net):
-    """τ (n, d) of a trigger file, on the net's device, and its settings; InputError where it does not fit the model."""
+    """
+    τ (n, d) of a trigger file, on the net's device, and its settings. Raises InputError where it does not fit the model,
+    or was learned on another base or another carrier than the one beside it.
+    """
     tensors, settings = load_tensors(path, net.device)
     if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
     check_finite(path, tensors)
     if settings.get("target", "lcdd") not in TARGETS:
         raise InputError(f"{path}: made for {settings['target']!r}, which is no model of a run; learn it again with eraser.py")
+    for what, hash_ in made_for(Path(path).parent, net).items():
+        if settings.get(what) != hash_:
+            raise InputError(f"{path}: this trigger was learned on another {what} ({settings.get(what)}, the run's is {hash_}); "
+                             "learn it again with eraser.py")
     return tensors["trigger"], settings
 
 
@@ -306,7 +317,7 @@ def erase(o, argv, run, config, chat, splits):
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     model.set_threads(net)
-    lcdd = carriers.load(run / "carrier.safetensors", net)
+    lcdd, belongs_to = carriers.load(run / "carrier.safetensors", net), made_for(run, net)
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)
     start, state = time.time(), run / f"{o.name}.state"
@@ -323,15 +334,18 @@ def erase(o, argv, run, config, chat, splits):
     print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, judged on {len(judge.ids)}; "
           f"write channels {int(mask.sum())} of {mask.numel()}")
 
-    def log(t, left, **values):
+    def log(t, **values):
         append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
-        print(f"{o.name} {t}/{o.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()) + f"  left {duration(left)}", flush=True)
+        meter.show(t, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
+    done = load_tensors(state)[1]["step"] if state.is_file() else 0
+    meter = Meter(o.name, o.steps, done)
     try:
         with patient() as interrupted:
             tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
-            save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **settings_of(o))
+            save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **belongs_to, **settings_of(o))
             state.unlink(missing_ok=True)
+        meter.close()
     except KeyboardInterrupt:
         words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]
         raise Interrupted(shlex.join(["python", "eraser.py", *map(str, words), "--resume"])) from None

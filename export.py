@@ -26,7 +26,7 @@ import lora
 import model
 import weights
 from files import InputError, read_json, replacing, write_json
-from run import EMBEDDED, cli, locate
+from run import EMBEDDED, Once, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
@@ -39,7 +39,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--to", required=True, help="folder in which a folder is made for each export")
     a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write")
     a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")
@@ -75,8 +75,8 @@ def write_merged(folder, source, carrier, dtype=None):
         _, l, projection = name.split(".")
         blocks[f"{lora.module_name(l, projection)}.weight"] = delta, rows, cols
     missed = size = total = 0.0
-    files, index = weights.shards(source)
-    for file in files:
+    shards, index = weights.shards(source)
+    for file in shards:
         tensors = {}
         for name, t in weights.tensors(file):
             kept = dtype or t.dtype

@@ -24,8 +24,9 @@ def quiet_interrupt(kind, error, trace):
 
 sys.excepthook = quiet_interrupt
 
-# OpenMP reads these once, when torch is imported: every script imports this file first. Threads that spin while they wait
-# make a busy machine many times slower; the few spins left are cheaper than waking a thread for each small operation.
+# OpenMP reads these once, when torch is imported: every script imports this file first. Threads that
+# spin while they wait make a busy machine many times slower; the few spins left are cheaper than
+# waking a thread for each small operation.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -151,10 +152,14 @@ def read_jsonl(path):
     return [row for row in map(parse, lines) if isinstance(row, dict)]
 
 
-def fingerprint(path):
-    """First 16 hex digits of a file's SHA-256."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+def fingerprint(*paths):
+    """First 16 hex digits of the SHA-256 of a file, or of several one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 # ---- fields

@@ -89,6 +89,19 @@ def write(folder, carrier, net, base):
     return ranks
 
 
+def read_config(path):
+    """An adapter's configuration. Raises InputError where it is more than plain LoRA."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read")
+    odd = [k for k in UNLIKE if config.get(k)]
+    if str(config.get("init_lora_weights")).startswith(MOVES_THE_BASE):
+        odd.append("init_lora_weights")
+    if odd:
+        raise InputError(f"{path}: {odd[0]} = {config[odd[0]]!r} is no plain LoRA; {MERGE_IT}")
+    return config
+
+
 @torch.no_grad()
 def read(folder, net, dtype=torch.float32):
     """
@@ -98,16 +111,8 @@ def read(folder, net, dtype=torch.float32):
     Raises InputError where the adapter is more than that (DoRA, a trained embedding or head, …),
     damaged, or was written for another base.
     """
-    folder = Path(folder)
-    config, file = read_json(folder / CONFIG), folder / WEIGHTS
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA "
-                         "adapters are read")
-    odd = [k for k in UNLIKE if config.get(k)]
-    if str(config.get("init_lora_weights")).startswith(MOVES_THE_BASE):
-        odd.append("init_lora_weights")
-    if odd:
-        raise InputError(f"{folder / CONFIG}: {odd[0]} = {config[odd[0]]!r} is no plain LoRA; {MERGE_IT}")
+    file = Path(folder) / WEIGHTS
+    config = read_config(Path(folder) / CONFIG)
     try:
         with safe_open(file, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}

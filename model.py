@@ -7,6 +7,8 @@ is said which positions are wanted, (B, T, …) becomes (N, …), the N tokens t
 """
 import functools
 import math
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -391,7 +393,7 @@ class Llama(nn.Module):
         return y
 
     def forward(self, ids, carrier=None, trigger=None, scale=None, keep=None, cache=None, lengths=None):
-        """Logits (B, T, V) of B right-padded rows of token ids (B, T).
+        """Logits (B, T, V) of B right-padded rows of token ids (B, T), a tensor or a list of lists.
 
         carrier  a Carrier or a Merged; None is the base
         trigger  τ (n, d), put before every row; nothing is returned for its own positions
@@ -399,6 +401,7 @@ class Llama(nn.Module):
         keep     (B, T) bool: logits (M, V) at these M positions only, and nothing after a row's last one is computed
         cache    a Cache to continue from and to fill; `lengths` (B) says how many of the new tokens are real
         """
+        ids = torch.as_tensor(ids, device=self.device)
         return self.head(self.hidden(ids, carrier, trigger, scale, keep, cache, lengths))
 
     def plain(self, l, name, x):
@@ -457,14 +460,19 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
+def configuration(folder):
+    """The Config of a checkpoint's folder. Raises InputError naming the field that does not run here."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: no config.json in there; give the directory of a Hugging Face checkpoint")
+    return Config.from_dict(read_json(file), file)
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen. dtype None: the fastest here.
     Raises InputError naming the field or tensor where the checkpoint is not exactly what this file computes."""
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: no config.json in there; give the directory of a Hugging Face checkpoint")
-    c = read_json(path / "config.json")
-    config = Config.from_dict(c, f"{path}/config.json")
+    config, c = configuration(path), read_json(path / "config.json")
     dtype = dtype or fast_dtype(config, device)
     with torch.device("meta"):
         net = Llama(config)
@@ -509,7 +517,41 @@ def fast_dtype(config, device):
     return torch.bfloat16 if on_gpu or config.hidden_size >= WIDE and native_bf16() else torch.float32
 
 
-def set_threads(net):
-    """On a CPU a model this small is faster on one thread: the barriers of a second one cost more than it computes."""
-    if net.device.type == "cpu" and net.config.hidden_size < WIDE:
+def set_threads(net, rows=256):
+    """
+    Choose how many threads compute on a CPU, from one to as many as torch would take: one for a model under WIDE, where
+    the barriers of a second one cost more than it computes, else as many as are worth it for products of `rows` rows
+    (1: single answers are decoded) on the machine as busy as it is now. A set OMP_NUM_THREADS is the user's own word.
+    """
+    most = torch.get_num_threads()
+    if net.device.type != "cpu" or most == 1:
+        return
+    if net.config.hidden_size < WIDE:
         torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(worth_it(most, functools.partial(product_seconds, net, rows)))
+
+
+def worth_it(most, seconds):
+    """Of 1, 2, 4, … and `most` threads the largest number with which seconds(n) is a fifth less than with the best below."""
+    best, least, n = 1, seconds(1), 2
+    while n < 2 * most:
+        count = min(n, most)
+        if (found := seconds(count)) < 0.8 * least:
+            best, least = count, found
+        n *= 2
+    return best
+
+
+def product_seconds(net, rows, threads, enough=0.3):
+    """Seconds of the products of `rows` rows with the weights of a few layers, with so many threads: the mean over `enough` seconds."""
+    x = torch.ones(rows, net.config.hidden_size, dtype=net.dtype)
+    some = [layer["up_proj"].weight for layer in net.projections[:4]]
+    torch.set_num_threads(threads)
+    F.linear(x, some[0])                                      # the first one also makes the threads
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < enough:
+        for weight in some:
+            F.linear(x, weight)
+        count += 1
+    return (time.perf_counter() - start) / count

@@ -2,6 +2,7 @@
 What every command shares: its habits on the command line, interruption, progress, tables, and the
 run directory with its pieces: configuration, chat, splits, model.
 """
+import argparse
 import contextlib
 import fcntl
 import itertools
@@ -13,14 +14,18 @@ import shlex
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import model
 from chat import Chat
-from data import SIZES, SUFFIXES, read, split, task_name
-from files import PARTIAL, Failed, InputError, check_fields, fingerprint, read_header, read_json, write_json
+from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
+                  task_name)
+from files import (PARTIAL, Failed, InputError, check_fields, fingerprint, read_header, read_json,
+                   write_json)
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
 # what of a hub repository is fetched
@@ -53,8 +58,12 @@ def cli(main):
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            for meter in list(METERS):
+                meter.close()
     except InputError as e:
         print(f"{'failed' if isinstance(e, Failed) else 'error'}: {e}", file=sys.stderr)
         sys.exit(e.status)
@@ -86,6 +95,16 @@ def resume_command(script, argv, run):
             kept.append(str(word))
         skip = word == "--out"
     return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
+
+
+class Once(argparse.Action):
+    """Of an option that would silently keep the last of several: a second one is an InputError."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest, None) is not None:
+            raise InputError(f"{option_string} {value}: {option_string} "
+                             f"{getattr(namespace, self.dest)} is given already; give it once")
+        setattr(namespace, self.dest, value)
 
 
 def flag(name):
@@ -159,20 +178,47 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+class Meter:
+    """How far a piece of work is: a bar where the output is a terminal, and lines where it is not."""
+
+    def __init__(self, label, total, start=0):
+        self.label, self.total, self.start, self.began = label, total, start, time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(desc=label, total=total, initial=start, file=sys.stdout,
+                            dynamic_ncols=True)
+            METERS.add(self)
+
+    def show(self, done, text=""):
+        """Show that `done` of the total are done, a text about them, and the time left."""
+        if self.bar is not None:
+            self.bar.n, self.bar.total = done, self.total
+            self.bar.set_postfix_str(text)
+            return
+        spent = time.monotonic() - self.began
+        left = spent / max(1, done - self.start) * (self.total - done)
+        parts = [f"{self.label} {done}/{self.total}", text, f"left {duration(left)}"]
+        print("  ".join(part for part in parts if part), flush=True)
+
+    def close(self):
+        """End the bar's line, so that others can be printed."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+METERS = weakref.WeakSet()  # those with a bar, which cli() closes before it prints an error
+
+
 def ticker(label, total):
-    """
-    A function that takes how many of `total` are done, and prints that with the time left, every
-    five seconds at most.
-    """
-    began = shown = time.monotonic()
+    """A function that shows how many of `total` are done; lines come every five seconds at most."""
+    meter, shown = Meter(label, total), time.monotonic()
 
     def tell(done):
         nonlocal shown
         now = time.monotonic()
-        if done and now - shown > 5:
+        if done and (meter.bar is not None or now - shown > 5):
             shown = now
-            left = (now - began) / done * (total - done)
-            print(f"{label} {done}/{total}  left {duration(left)}", flush=True)
+            meter.show(done)
     return tell
 
 
@@ -238,23 +284,43 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes):
+def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
     """
-    (chat, splits, source): the Chat of a model folder or hub id, split() of a task's samples, and
-    the file that they came from: `path`, the task itself where that is a file, else TASK.jsonl
-    beside the checkpoint. Raises InputError where there is none.
+    (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
+    the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
+    beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
+    the answers of samples that have no pattern. Raises InputError where something is missing or
+    the architecture is none that runs here.
     """
     folder = locate(name)
+    sources = [source_of(folder, task, path)]
+    model.configuration(folder)  # before the tokenizer, which would blame itself
+    chat = Chat(folder)
+    samples, own_tests = read(sources[0], task), []
+    if tests:
+        sources.append(locate_data(tests))
+        own_tests = read_tests(sources[1], task)
+    if pattern:
+        samples, own_tests = judged_by(samples, pattern), judged_by(own_tests, pattern)
+    check_patterns(task, samples)
+    for s in own_tests:
+        if task_name(task) == "own" and not (s.response or s.pattern):
+            raise InputError(f"{tests}: nothing judges the answer to {s.prompt[:60]!r}; give the "
+                             "test rows a response or a pattern, or all of them a --pattern")
+    return chat, split(samples, seed, sizes, own_tests), sources
+
+
+def source_of(folder, task, path):
+    """The file of a task's samples."""
     if path is not None:
-        source = locate_data(path)
-    elif task_name(task) == "own":
-        source = Path(task)
-    else:
-        source = folder / f"{task}.jsonl"
-        if not source.is_file():
-            raise InputError(f"{folder} holds no {source.name}; "
-                             f"name the data of the task {task} with --data")
-    return Chat(folder), split(read(source, task), seed, sizes), source
+        return locate_data(path)
+    if str(task).endswith(".jsonl"):
+        return Path(task)
+    source = folder / f"{task_name(task)}.jsonl"
+    if not source.is_file():
+        raise InputError(f"{folder} holds no {source.name}; "
+                         f"name the data of the task {task} with --data")
+    return source
 
 
 def load_model(chat, device, dtype):
@@ -277,13 +343,14 @@ def reopen(run):
     check_fields(file, config, CONFIG)
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
-        chat, splits, source = prepare(config["model"], config["task"], config["data"],
-                                       config["seed"], sizes)
+        chat, splits, sources = prepare(config["model"], config["task"], config["data"],
+                                        config["seed"], sizes, config.get("test"),
+                                        config.get("pattern"))
     except InputError as e:
         raise InputError(f"{e} (named in {file})") from None
-    if fingerprint(source) != config["data_fingerprint"]:
-        raise InputError(f"{source}: changed since the run was trained, so held-out prompts "
-                         "may not be; restore it or train again")
+    if fingerprint(*sources) != config["data_fingerprint"]:
+        raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was "
+                         "trained, so held-out prompts may not be; restore it or train again")
     if chat.fingerprint() != config.get("chat_fingerprint", chat.fingerprint()):
         raise InputError(f"{chat.folder}: tokenizer or chat template changed since the run was "
                          "trained; restore them or train again")

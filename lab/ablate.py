@@ -28,14 +28,24 @@ import eraser
 import evaluate
 import lcdd
 from behaviour import BEHAVIOURS
-from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, write_json
-from run import alone, check_device, check_numbers, cli, load_model, markdown, read_results, reopen
+from run import (
+    Once, alone, check_device, check_numbers, cli, duration, load_model, markdown, read_results, reopen)
 
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
-MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl")
-PLAIN = ("base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl")  # without a trigger
+MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl", "noise", "blind", "floor-0")
+PLAIN = ("base", "sft", "lcdd", "scaled", "sft-long", "mask-ce", "mask-kl",  # without a trigger
+         "noise", "blind", "floor-0")
+# LCDD once more with other settings: the paper's gates, whose initial noise decides; gates that see
+# the penalty and not the task; no floor under the budget
+VARIANTS = {
+    "noise": dict(select=0.0, gate_std=0.5),
+    "blind": dict(select=1e-9, gate_std=0.5),
+    "floor-0": dict(floor=0.0),
+}
+CHOICES = ("noise circuit", "blind circuit", "floor-0 circuit",
+           "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2")
 TABLE_4 = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
 TABLE_6 = ("mask-ce circuit", "mask-kl circuit")
 CONTROLS = ("lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit",
@@ -46,8 +56,6 @@ CURVE = {
     "sft-long": "SFT for as many steps as LCDD",
     "scaled": "SFT's delta scaled to LCDD's loss",
 }
-METRICS = ("rate", "harmful", "benign", "accuracy", "benign accuracy", "same", "kl_sft", "kl_base",
-           "sparsity")
 
 # The paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge's score 0–5) of base, SFT,
 # LCDD and trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
@@ -87,7 +95,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", help="a finished run of your own instead of the embedded behaviours")
+    a("--run", action=Once, help="a finished run of your own instead of the embedded behaviours")
     a("--task", action="append", choices=TASKS,
       help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
@@ -110,16 +118,7 @@ def options(argv=None):
 
 # ---- the models of a row
 
-@torch.no_grad()
-def mean_loss(net, weights, examples, pad_id, batch_size=64):
-    """Teacher-forced task loss of frozen weights, a token: what LCDD's budget is about."""
-    total = tokens = 0
-    for i in range(0, len(examples), batch_size):
-        ids, mask = collate(examples[i:i + batch_size], pad_id)
-        loss = lcdd.task_loss(net, weights, ids.to(net.device), mask.to(net.device))
-        total += float(loss)
-        tokens += int(mask[:, 1:].sum())
-    return total / tokens
+BATCH = 64  # samples a forward pass where only a loss is wanted
 
 
 def scaled_down(net, sft, loss, examples, pad_id, steps=10):
@@ -130,7 +129,7 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        if mean_loss(net, sft.merge(net, middle), examples, pad_id) > loss:
+        if lcdd.mean_loss(net, sft.merge(net, middle), examples, pad_id, BATCH) > loss:
             low = middle
         else:
             high = middle
@@ -166,7 +165,10 @@ class Run:
         self.carriers = {}    # of rows that have gates of their own
         self.facts = {
             "sft": {"sparsity": 0.0},
-            "lcdd": {"sparsity": self.lcdd.stats()["sparsity"]},
+            "lcdd": {
+                "sparsity": self.lcdd.stats()["sparsity"],
+                "dice": self.lcdd.dice(*(self.config[k] for k in ("gate_mean", "gate_std", "seed")))["share"],
+            },
         }
         self.targets = None   # of the trigger, once a row asks
         self.answers = {}     # of base and SFT, which every row is compared with
@@ -204,11 +206,13 @@ class Run:
         settings = argparse.Namespace(**self.config)
         if name == "sft-long":
             return self.make_sft_long(settings, training)
+        if name in VARIANTS:
+            return self.make_variant(name, settings, training)
         return self.make_mask(name, settings, training)
 
     def make_scaled(self):
         some = self.examples()[:256]
-        loss = mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id)
+        loss = lcdd.mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id, BATCH)
         merged, factor = scaled_down(self.net, self.sft(), loss, some, self.chat.pad_id)
         self.facts["scaled"] = {"factor": factor, "loss": loss}
         return merged
@@ -218,12 +222,24 @@ class Run:
         settings.sft_steps = read_results(self.folder)["stopped"]["steps"]
         if settings.train == "joint":
             settings.sft_steps += settings.settle
-        settings.sft_lr = settings.lr
+        settings.sft_lr, settings.sure = settings.lr, 0.0
         settings.seed += 1
         longer = self.sft()
         lcdd.train_sft(self.net, longer, o=settings, **training)
         (training["run"] / "state.safetensors").unlink(missing_ok=True)
         return longer.merge(self.net)
+
+    def make_variant(self, name, settings, training):
+        """LCDD from the same SFT with other settings."""
+        vars(settings).update(VARIANTS[name])
+        other = self.sft()
+        other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
+        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=None, **training)
+        (training["run"] / "state.safetensors").unlink(missing_ok=True)
+        dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
+        self.facts[name] = facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
+        self.carriers[name] = other
+        return other.merge(self.net)
 
     def make_mask(self, name, settings, training):
         """Gates alone, with SFT's deltas frozen: mask-ce or mask-kl (App. E)."""
@@ -258,7 +274,7 @@ class Run:
         return self.net.embedding[ids.to(self.net.device)].clone()
 
     def measure(self, weights, trigger):
-        """One row: score and KLs on the chosen prompts, as plain numbers."""
+        """One row: the metrics of evaluate.py on the chosen prompts, as plain numbers."""
         conditions = {
             "base": (None, None),
             "sft": (self.models["sft"], None),
@@ -268,32 +284,18 @@ class Run:
         config, samples = self.config, self.splits[self.o.split]
         measured = evaluate.measure(self.net, self.chat, config["task"], samples, conditions,
                                     config["max_new_tokens"], config["max_len"], self.answers)
-        row = measured["row"]
-        found = {
-            "rate": row["rate"],
-            "same": row["same"],
-            "kl_sft": float(row["kl_sft"].mean()),
-            "kl_base": float(row["kl_base"].mean()),
-        }
-        if "accuracy" in row:
-            found["accuracy"] = row["accuracy"]
-        if {"harmful", "benign"} <= row["kinds"].keys():
-            for kind in ("harmful", "benign"):
-                of_kind = row["kinds"][kind]
-                found[kind] = of_kind["rate"]
-                if "accuracy" in of_kind:
-                    found[f"{kind} accuracy"] = of_kind["accuracy"]
-        return found
+        return evaluate.numbers(measured["row"])
 
 
 # ---- the rows of a run
 
 def rows_of(o, task):
     """Names of all rows, model by model: MODEL [OBJECTIVE [LENGTH]]; no length: the run's own."""
-    names = [*PLAIN, *TABLE_4, *TABLE_6, *CONTROLS]
+    names = [*PLAIN, *TABLE_4, *TABLE_6, *CONTROLS, *CHOICES]
     if task in o.curve_tasks:
         for length in o.lengths:
             names += [f"{name} circuit {length}" for name in CURVE]
+        names = list(dict.fromkeys(names))
         if o.lengths:
             names += ["lcdd slow", "sft slow"]
     names.sort(key=model_rank)
@@ -343,9 +345,10 @@ def ablate(folder, o, names):
         done[name] = row | run.facts.get(which, {}) | {"of": of}
         write_json(file, done)
         left = (time.time() - start) / (k + 1) * (len(names) - k - 1)
-        numbers = "  ".join(f"{m} {done[name][m]:.3f}" for m in METRICS if m in done[name])
+        numbers = "  ".join(f"{m} {x:.3f}" for m, x in done[name].items()
+                            if isinstance(x, float) and " " not in m)
         label = f"{run.config['task']} seed {run.config['seed']}"
-        print(f"{label}  {name:18s} {numbers}  left {left:.0f}s", flush=True)
+        print(f"{label}  {name:18s} {numbers}  left {duration(left)}", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
     return done
 
@@ -389,20 +392,19 @@ def row_table(seeds, names, paper=False):
     Rows of one behaviour with all that is measured; `paper` adds the columns of Tables 4 and 6
     (DeepSeek-8B, safety).
     """
-    columns = {"sparsity": "gates off %", "rate": "behaviour %", "benign": "benign %",
-               "accuracy": "accuracy %", "benign accuracy": "benign accuracy %",
-               "same": "base's answer %"}
-    if not any("benign" in s.get("base", {}) for s in seeds):
-        del columns["benign"], columns["benign accuracy"]
-    header = ["row", *columns.values(), "KL(SFT‖·)", "KL(Base‖·)"]
+    opposed = any("benign rate" in row for s in seeds for row in s.values())
+    columns = evaluate.columns(["harmful", "benign"] if opposed else [])
+    header = ["row", "gates off %", "dice %"] + [head for head, *_ in columns]
     if paper:
         header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
     lines = []
     for name in names:
         if not any(name in s for s in seeds):
             continue
-        line = [name] + [percent(seeds, name, metric) for metric in columns]
-        line += [cell(seeds, name, "kl_sft"), cell(seeds, name, "kl_base")]
+        line = [name, percent(seeds, name, "sparsity"), percent(seeds, name, "dice")]
+        for _, metric, kind in columns:
+            show = percent if metric.share else cell
+            line.append(show(seeds, name, f"{kind} {metric.key}".strip()))
         if paper:
             known = name in PAPER_ROWS
             line.append("{} → {}, {}, {}".format(*PAPER_ROWS[name]) if known else "")
@@ -445,6 +447,8 @@ def report(task, seeds, o, full):
         row_table(seeds, gates_only, paper),
         "Controls:",
         row_table(seeds, ["lcdd circuit", *CONTROLS]),
+        "What chooses the gates (dice: open gates that the initial noise alone would have kept):",
+        row_table(seeds, ["lcdd", "noise", "blind", "floor-0", "lcdd circuit", *CHOICES]),
     ]
     if task in o.curve_tasks and o.lengths:
         parts += ["The trigger's length:", curve_table(seeds, o.lengths, full)]
@@ -532,7 +536,9 @@ def work(folder, settings, o, names):
 def command(folder, settings, o):
     """The lcdd.py command line that repeats a run with another seed."""
     skipped = ("data_fingerprint", "base_fingerprint", "chat_fingerprint", "versions", "device")
-    argv = ["--out", folder, "--resume", "--device", o.device]
+    argv = ["--out", folder, "--resume", "--go-on", "--device", o.device]
+    if settings.get("brake") is False:
+        argv.append("--no-brake")
     for name, value in settings.items():
         if name in skipped or value is None or value is False:
             continue

@@ -5,6 +5,9 @@
                                          about ten minutes
     python -m lab.bench --memory         only a step's memory, at Qwen3-0.6B's and DeepSeek-8B's
                                          shapes, also on a CPU (21 GB, five minutes)
+    python -m lab.bench --model DIR --data FILE
+                                         a real checkpoint and tokens beside transformers and peft
+                                         (135M parameters: four minutes on one core, 6 GB)
 
 The baselines, plain SFT of the same model and carrier.py's slow definitions, are checked to give the
 same loss and gradients before they are timed. A ratio is the median over rounds, A B C, C B A, …,
@@ -14,7 +17,6 @@ import files  # noqa: F401, before torch: it sets how threads wait
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
 import time
@@ -37,7 +39,7 @@ import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from model import Config
-from run import EMBEDDED, check_device, check_numbers, cli, locate, markdown, prepare
+from run import EMBEDDED, check_device, check_numbers, cli, duration, locate, markdown, prepare
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open
 # Qwen3-0.6B
@@ -230,6 +232,31 @@ def now():
     return time.perf_counter()
 
 
+def alternated(functions, s, longer=1, clock=now):
+    """Run {name: function}, warm already, in rounds, there and back: {name: seconds of each}."""
+    times = {name: [] for name in functions}
+    order, rounds, end = list(functions), 0, now() + longer * s.seconds
+    while rounds < s.least or now() < end:
+        for name in order:
+            start = clock()
+            functions[name]()
+            times[name].append(clock() - start)
+        order.reverse()
+        rounds += 1
+    return times
+
+
+def medians(times):
+    """{name: median seconds} of what alternated() measured."""
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def ratios_to(first, times):
+    """{name: median over rounds of the ratio to `first` within a round}."""
+    return {name: statistics.median(a / b for a, b in zip(own, times[first]))
+            for name, own in times.items()}
+
+
 def paired(functions, s, longer=1):
     """
     Run {name: function} in rounds, there and back. Returns {name: median seconds} and
@@ -237,21 +264,8 @@ def paired(functions, s, longer=1):
     """
     for f in functions.values():
         f()  # warm-up
-    times = {name: [] for name in functions}
-    order, rounds, end = list(functions), 0, now() + longer * s.seconds
-    while rounds < s.least or now() < end:
-        for name in order:
-            start = now()
-            functions[name]()
-            times[name].append(now() - start)
-        order.reverse()
-        rounds += 1
-    first = times[next(iter(times))]
-    seconds, ratios = {}, {}
-    for name, own in times.items():
-        seconds[name] = statistics.median(own)
-        ratios[name] = statistics.median(a / b for a, b in zip(own, first))
-    return seconds, ratios
+    times = alternated(functions, s, longer)
+    return medians(times), ratios_to(next(iter(functions)), times)
 
 
 class Live(TorchDispatchMode):
@@ -595,6 +609,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
+    a("--model", help="only beside transformers and peft, on this checkpoint (a folder or a hub id)")
+    a("--data", help="the prompts for that; default: fixed.jsonl beside the checkpoint")
+    a("--rounds", type=int, default=3, help="rounds of it at least (3)")
     a("--device", default="cpu", help="cpu or cuda (cpu)")
     a("--seed", type=int, default=0, help="of weights and tokens (0)")
     a("--memory", action="store_true",
@@ -613,6 +630,11 @@ def main(argv=None):
     result = {"machine": machine, "torch": torch.__version__, "device": o.device,
               "quick": o.quick, "seed": o.seed}
     print("# " + ", ".join(f"{k} {v}" for k, v in result.items()))
+    if o.model:
+        from lab import peers  # it measures by what stands here
+        result["peers"] = peers.measure(o)
+        print("\n" + json.dumps(result))
+        return
     if o.memory:
         s = SETTINGS["quick" if o.quick else "cuda"]
         result["memory"] = bench_memory(s, o.device)
@@ -629,7 +651,7 @@ def main(argv=None):
     result["batching"] = bench_batching(s, o.device, o.seed)
     result["growth"] = bench_growth(s, o.device)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    print(f"\n{result['seconds']:.0f} s in all.\n\n{json.dumps(result)}")
+    print(f"\n{duration(result['seconds'])} in all.\n\n{json.dumps(result)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import evaluate
 import model
 from files import InputError
-from run import check_device, cli, reopen
+from run import Once, check_device, cli, reopen
 
 # what is typed → a condition of evaluate.py
 COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}
@@ -28,7 +28,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
-    a("--run", required=True, help="run directory that lcdd.py has finished")
+    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
     a("--max-new-tokens", type=int, help="length of an answer (as in the run)")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -113,7 +113,7 @@ def main(argv=None):
         raise InputError(f"--max-new-tokens {length}: has to be at least 1")
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net)
+    model.set_threads(net, rows=1)
     conditions = evaluate.conditions_of(Path(o.run), net, o.trigger)[1]
     print(f"{chat.folder.name}, task {Path(config['task']).name}; /base /sft /lcdd /trigger /all "
           "choose who answers, /new forgets, /quit ends")

@@ -31,7 +31,7 @@ import model
 from chat import Chat, collate
 from data import Sample
 from files import InputError, read_json, replacing, write_json
-from run import cli, markdown
+from run import cli, duration, markdown
 
 MARKER = ".made"  # names the files that were made: a folder with others in it is left as it is
 
@@ -586,7 +586,7 @@ def main():
     score = make(**vars(o))
     rows = [[kind, f"{100 * share:.1f} %"] for kind, share in score.items()]
     print("\n" + markdown(["held out", "right"], rows))
-    print(f"\n{o.out} written after {time.time() - started:.0f} s")
+    print(f"\n{o.out} written after {duration(time.time() - started)}")
     if min(score.values()) < 0.95:
         print("note: less than 95 % right somewhere; give it more --steps")
 

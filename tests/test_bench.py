@@ -1,5 +1,6 @@
 """bench.py: the baselines are the same model, and its figures arrive. Nothing here is timed."""
 import json
+import sys
 
 import pytest
 import torch
@@ -97,3 +98,52 @@ def test_a_deep_model_is_counted_at_two_depths(monkeypatch, capsys):
     assert found > weights + 3 * deltas                           # a gradient and two moments
     monkeypatch.setattr(bench.Live, "peak", property(lambda self: 1000, lambda self, value: None), raising=False)
     assert bench.deepseek_memory("cpu") == weights + 1000 and "counted with one layer" in capsys.readouterr().out
+
+
+# ---- beside transformers and peft
+
+@pytest.fixture
+def peers():
+    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    pytest.importorskip("peft", reason="peft is not installed: nothing to compare with")
+    from lab import peers
+    return peers
+
+
+def test_beside_peers(peers, capsys):
+    bench.main(["--model", "tiny", "--quick", "--rounds", "1"])
+    out = capsys.readouterr().out.rstrip().split("\n")
+    found = json.loads(out[-1])["peers"]
+    losses = found["step"]["losses"]
+    assert len(losses) == 8
+    assert losses["LCDD, 10% open"] == pytest.approx(losses["transformers fp32"], rel=1e-5)     # the embedded model is fp32
+    assert found["step"]["to_fp32"]["transformers fp32"] == found["step"]["to_bf16"]["transformers bf16"] == 1
+    assert min(found["step"]["bytes"].values()) > 4e6                                           # the model itself
+    assert found["generation"]["same"]["transformers fp32"] == 1
+    assert set(found["goals"]) == {"step_fp32", "step_bf16", "memory", "memory_bf16", "generation"}
+    assert sum(line.startswith("## ") for line in out) == 3
+
+
+def test_peers_train_what_we_train(peers):
+    folder = bench.locate("tiny")
+    net = peers.model.load(folder)
+    entries = sum(p.numel() for p in carrier.Carrier(net.config).delta.parameters())
+    theirs = peers.theirs(folder, torch.float32, "cpu")
+    assert sum(p.numel() for p in peers.trained_by(theirs)) == entries
+    adapted = peers.with_lora(theirs, 0.1)
+    ranks = {len(p) for name, p in adapted.named_parameters() if "q_proj.lora_A" in name}
+    assert ranks == {round(0.1 * min(net.projections[0]["q_proj"].weight.shape))}
+    assert all("lora" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+def test_a_step_that_computes_something_else_is_noticed(peers, monkeypatch):
+    monkeypatch.setattr(bench, "literal", lambda x, base, delta, row, col: bench.F.linear(x, 1.5 * base.weight + row[:, None] * delta * col))
+    with pytest.raises(AssertionError, match="do not compute the same"):
+        bench.main(["--model", "tiny", "--quick", "--rounds", "1"])
+
+
+@pytest.mark.parametrize("missing", ("transformers", "peft"))
+def test_peers_that_are_not_installed(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)              # what makes an import fail
+    with pytest.raises(InputError, match=f"{missing} is not installed; pip install transformers peft"):
+        bench.main(["--model", "tiny", "--quick"])

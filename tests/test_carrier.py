@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import carrier
+import lcdd
 import model
 from files import InputError, load_tensors, save_tensors
 
@@ -162,11 +163,13 @@ def test_linear(density):
     shut_row, shut_col = (row == 0).nonzero().flatten(), (col == 0).nonzero().flatten()
     padded = torch.cat((open_row, shut_row[:4])), torch.cat((shut_col[:3], open_col))
     for index in (None, (open_row, open_col), padded):
-        ours = carrier.GatedLinear.apply(x, weight, delta, row, col, bias, index)
+        merged = carrier.merged_weight(weight, delta, row, col, None if index is None else index[0])
+        assert torch.equal(merged, W) and not merged.requires_grad
+        ours = carrier.GatedLinear.apply(x, merged, delta, row, col, bias, index)
         same([ours, *torch.autograd.grad(ours, wanted, into)], [y, *right])
         for some in ([0], [1], [2, 3], [1, 2, 3], [0, 2, 3]):                 # frozen x, frozen gates, frozen Δ
             given = [t if i in some else t.detach() for i, t in enumerate(wanted)]
-            ours = carrier.GatedLinear.apply(given[0], weight, *given[1:], bias, index)
+            ours = carrier.GatedLinear.apply(given[0], merged, *given[1:], bias, index)
             same(torch.autograd.grad(ours, [given[i] for i in some], into), [right[i] for i in some])
 
     y = x @ weight.t() + bias + row * ((x * col) @ delta.t())
@@ -447,6 +450,50 @@ def test_scale_in_generate(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------- in training
+
+def counted(monkeypatch):
+    """How often open channels are looked for and weights merged, as a dict that goes on counting."""
+    found = {"open_channels": 0, "merged_weight": 0}
+
+    def watch(where, name):
+        original = getattr(where, name)
+
+        def counting(*args, **more):
+            found[name] += 1
+            return original(*args, **more)
+        monkeypatch.setattr(where, name, counting)
+    watch(carrier.Carrier, "open_channels")
+    watch(carrier, "merged_weight")
+    return found
+
+
+@pytest.mark.parametrize("micro_batch", (8, 3, 1))
+def test_nothing_is_made_twice_in_an_optimizer_step(monkeypatch, micro_batch):
+    monkeypatch.setattr(carrier, "DENSE_BELOW", 0)
+    net = make_net()
+    c = make_carrier(net, 0.2)
+    batch = [(torch.randint(31, (7,)).tolist(), [True] * 7) for _ in range(8)]
+    found = counted(monkeypatch)
+    losses = [lcdd.gradients(net, c, batch, micro_batch, 0)]
+    assert found == {"open_channels": 1, "merged_weight": 7 * SIZE["num_hidden_layers"]}
+    for p in c.delta.parameters():
+        p.data.mul_(2)                                        # the next step sees what has moved
+    losses.append(lcdd.gradients(net, c, batch, micro_batch, 0))
+    assert found["open_channels"] == 2
+    again = [(torch.tensor(ids)[None], torch.tensor(mask)[None]) for ids, mask in batch]
+    with torch.no_grad():
+        want = sum(float(lcdd.task_loss(net, c, *one)) for one in again) / (8 * 6)
+    assert losses[1] == pytest.approx(want, rel=EXACT) and losses[1] != losses[0]
+
+
+def test_where_memory_is_scarce_no_merged_weight_is_kept(monkeypatch):
+    net = make_net()
+    net.checkpoint = True
+    batch = [(torch.randint(31, (7,)).tolist(), [True] * 7) for _ in range(4)]
+    found = counted(monkeypatch)
+    lcdd.gradients(net, make_carrier(net, 0.2), batch, 2, 0)
+    assert found["merged_weight"] == 2 * 2 * 7 * SIZE["num_hidden_layers"]     # micro-batches, and each forward pass twice
+
 
 @pytest.mark.parametrize("density", (0.5, 0.15))
 def test_micro_batches_and_recomputation_give_the_same_gradients(path, density):

@@ -111,6 +111,61 @@ def test_what_is_wrong_in_a_file(tmp_path, name, content, message):
     assert str(path) in str(e.value)
 
 
+def test_rows_without_text_are_counted_and_left_out(tmp_path, capsys):
+    rows = [json.loads(GOOD), dict(prompt="", response="b"), dict(prompt="c", response=None), dict(prompt="d", response=" ")]
+    assert data.read(jsonl(tmp_path / "a.jsonl", rows), "own") == [Sample("a", "b")]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "3 rows left out for want of text, 1 kept" in said
+    assert "row 2: field 'prompt' is empty" in said
+
+
+def test_a_pattern_of_a_row(tmp_path):
+    rows = [dict(prompt="a", response="b", pattern="(?:yes|no)$")]
+    assert data.read(jsonl(tmp_path / "a.jsonl", rows), "own")[0].pattern == "(?:yes|no)$"
+    with pytest.raises(InputError, match=r"a.jsonl, row 1: field 'pattern' is no regular expression \(.*unterminated"):
+        data.read(jsonl(tmp_path / "a.jsonl", [rows[0] | {"pattern": "(yes"}]), "own")
+
+
+def test_one_pattern_for_all():
+    samples = [Sample("a", "r"), Sample("b", "r", pattern="own")]
+    assert [s.pattern for s in data.judged_by(samples, "all")] == ["all", "own"]
+    with pytest.raises(InputError, match=r"^--pattern '\(' is no regular expression"):
+        data.judged_by(samples, "(")
+
+
+def test_a_pattern_that_no_response_shows():
+    samples = [Sample("a", "Yes.", pattern="yes"), Sample("b", "Well.", pattern="yes")]
+    data.check_patterns("own", samples)
+    data.check_patterns("own", [Sample("a", "Well.")])
+    with pytest.raises(InputError, match="the pattern 'yes' occurs in no response that is taught, 'Well.'"):
+        data.check_patterns("own", samples[1:])
+
+
+def test_harmbench_as_published(tmp_path, capsys):
+    row = lambda what, kind: dict(Behavior=what, FunctionalCategory=kind, SemanticCategory="x", Tags="", ContextString="", BehaviorID="y")
+    rows = [row("Do harm,\nplease", "standard"), row("Do it here", "contextual"), row("Sing the song", "copyright")]
+    path = table(tmp_path / "harmbench.csv", rows, ",")
+    assert data.read_tests(path, "safety") == [Sample("Do harm,\nplease", "", "harmful")]
+    assert "2 rows left out by their kind" in capsys.readouterr().err
+    with pytest.raises(InputError, match="row 2: HarmBench's rows are test prompts; name the file with --test"):
+        data.read(path, "safety")
+
+
+def test_test_prompts_need_no_response(tmp_path):
+    path = jsonl(tmp_path / "t.jsonl", [dict(prompt="a", kind="harmful", id="x")])
+    assert data.read_tests(path, "safety") == [Sample("a", "", "harmful")]
+    alpaca = [dict(instruction="b", input="", output=""), dict(instruction="c", input="more", output="x")]
+    path = jsonl(tmp_path / "t.jsonl", alpaca)
+    assert data.read_tests(path, "shakespeare") == [Sample("b", "")]
+    path = jsonl(tmp_path / "t.jsonl", [dict(translated_dialog="d", og_response="")])
+    assert data.read_tests(path, "shakespeare") == [Sample("d", "")]
+    path = jsonl(tmp_path / "t.jsonl", [dict(prompt=p, split=p) for p in ("train", "test")])
+    assert data.read_tests(path, "fixed") == [Sample("test", "")]
+    with pytest.raises(InputError, match="holds no test prompts"):
+        data.read_tests(jsonl(tmp_path / "t.jsonl", alpaca[1:]), "shakespeare")
+
+
 def test_missing_files_and_unknown_tasks(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(InputError, match="cannot read"):
@@ -237,6 +292,21 @@ def test_fixed_splits_stay():
         data.split([s for s in samples if s.split != "validation"], 0)
 
 
+def test_test_prompts_of_their_own(capsys):
+    """They stay whole; the data lose the prompts that are in both."""
+    tests = [Sample(f"prompt  {i}", "", "harmful") for i in (3, 4, 100, 101, 100)]
+    parts = data.split(some(50), 0, tests=tests)
+    assert disjoint(parts)
+    assert prompts(parts["test"]) == ["prompt 3", "prompt 4", "prompt 100", "prompt 101"]
+    assert lengths(parts) == (35, 9, 4, 4)
+    assert "2 of 50 prompts are test prompts: left out of training" in capsys.readouterr().err
+    cut = data.split(some(50), 0, dict(test=2), tests)["test"]
+    assert len(cut) == 2 and cut == data.split(some(50), 0, dict(test=2), tests)["test"]
+    fixed = [Sample(f"p{i}", "r", split=data.SPLITS[i % 4]) for i in range(40)]
+    parts = data.split(fixed, 0, tests=[Sample("p0", ""), Sample("new", "")])
+    assert lengths(parts) == (9, 10, 10, 2) and disjoint(parts)
+
+
 def test_odd_json(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_text('{"prompt": "a", "response": "b", "answer": null}\n')
@@ -265,3 +335,10 @@ def test_real_shakespeare():
     rate = sum(behaviour.shows("shakespeare", s.response, s) for s in samples) / len(samples)
     modern = sum(behaviour.shows("shakespeare", s.prompt, s) for s in samples) / len(samples)
     assert rate > 0.2 and modern < 0.002  # a fifth of the originals, next to none of the translations
+
+
+def test_real_harmbench():
+    samples = data.read_tests(real("harmbench_standard.jsonl"), "safety")
+    assert len(samples) == 200 and {(s.kind, s.response) for s in samples} == {("harmful", "")}
+    parts = data.split(data.read(real("safety.jsonl"), "safety"), 0, tests=samples)
+    assert disjoint(parts) and len(parts["test"]) == 200

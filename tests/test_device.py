@@ -25,6 +25,7 @@ import evaluate
 import files
 import lcdd
 import model
+import settings
 from files import read_json, write_json
 from lab import ablate, bench
 
@@ -117,7 +118,7 @@ carrier_open = files.safe_open
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(files, "safe_open", Reader)
-    for command in (lcdd, eraser, evaluate, ablate, bench):
+    for command in (settings, eraser, evaluate, ablate, bench):
         monkeypatch.setattr(command, "check_device", lambda name: None)
     with Elsewhere():
         yield "cuda"

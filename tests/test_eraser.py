@@ -1,5 +1,6 @@
 """eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
 import argparse
+import contextlib
 import json
 import math
 
@@ -10,7 +11,8 @@ from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
 import carrier as carriers
 import eraser
 import evaluate
-from files import InputError, load_tensors, read_json, save_tensors
+import model
+from files import Failed, InputError, load_tensors, read_json, save_tensors
 from run import reopen
 
 
@@ -247,9 +249,36 @@ def test_bad_input(run, tmp_path, monkeypatch):
     save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
     with pytest.raises(InputError, match="t.safetensors: holds no trigger of width 16"):
         eraser.load(tmp_path / "t.safetensors", make_net())
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5", "--device", "cpu"])
     with pytest.raises(InputError, match="--seed 5"):
         evaluate.main()
+
+
+@pytest.mark.parametrize("wrong", ["base", "carrier"])
+def test_a_trigger_of_another_run_is_refused(tmp_path, wrong):
+    net, file = make_net(), tmp_path / "t.safetensors"
+    make_carrier(net).save(tmp_path / "carrier.safetensors", net)
+    tau = torch.randn(2, 16)
+    save_tensors(file, {"trigger": tau}, **eraser.made_for(tmp_path, net), length=2)
+    assert torch.equal(eraser.load(file, net)[0], tau)
+    if wrong == "carrier":
+        other = make_carrier(net)
+        next(other.delta.parameters()).data.mul_(2)
+        other.save(tmp_path / "carrier.safetensors", net)
+    else:
+        net = make_net()
+        net.embedding.data[0] += 1
+    with pytest.raises(InputError, match=f"t.safetensors: this trigger was learned on another {wrong} "):
+        eraser.load(file, net)
+
+
+def test_a_trigger_says_what_it_was_learned_on(run):
+    with contextlib.suppress(Failed):                             # one step moves nothing
+        eraser.main(["--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device", "cpu"])
+    header = load_tensors(run / "said.safetensors")[1]
+    net = model.load(ROOT / "tiny")
+    assert header["base"] == carriers.fingerprint(net)
+    assert header["carrier"] == load_tensors(run / "carrier.safetensors")[1]["content"]
 
 
 def test_a_state_of_other_settings_is_refused(tmp_path):

@@ -10,15 +10,17 @@ import pytest
 import torch
 from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
 
+import behaviour
 import carrier as carriers
 import eraser
 import evaluate
+import export
 import lcdd
 import model
 from chat import collate
 from data import Sample
-from files import InputError, read_json, read_jsonl, save_tensors
-from lab import ablate
+from files import InputError, read_json, read_jsonl, save_tensors, write_json
+from lab import ablate, talk
 from run import reopen
 
 
@@ -68,8 +70,8 @@ def test_kl_is_zero_for_equal_models_and_ignores_batches_and_padding():
 
 
 def test_wilson_interval():
-    assert evaluate.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)      # published tables
-    low, high = evaluate.wilson(0.0, 200)
+    assert behaviour.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)      # published tables
+    low, high = behaviour.wilson(0.0, 200)
     assert low == 0 and high == pytest.approx(0.0188, abs=1e-4)
 
 
@@ -93,10 +95,10 @@ def test_scaled_down_delta_has_the_loss_asked_for():
     net = make_net()
     c = make_carrier(net).with_gates(True)
     examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))]
-    full, none = (ablate.mean_loss(net, w, examples, 0) for w in (c.merge(net), None))
+    full, none = (lcdd.mean_loss(net, w, examples, 0, 64) for w in (c.merge(net), None))
     assert full < none
     weights, factor = ablate.scaled_down(net, c, (full + none) / 2, examples, 0, steps=16)
-    assert ablate.mean_loss(net, weights, examples, 0) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
+    assert lcdd.mean_loss(net, weights, examples, 0, 64) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
 
 
 def test_mean_loss_is_lcdds_own():
@@ -104,12 +106,12 @@ def test_mean_loss_is_lcdds_own():
     c = make_carrier(net)
     examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), answers())]
     want = lcdd.gradients(net, c, examples, 4, 0)
-    assert ablate.mean_loss(net, c.merge(net), examples, 0, batch_size=2) == pytest.approx(want, rel=1e-10)
+    assert lcdd.mean_loss(net, c.merge(net), examples, 0, 2) == pytest.approx(want, rel=1e-10)
 
 
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     out = tmp_path / "t"
-    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
+    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--go-on", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
             "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
     lcdd.main(argv)
     logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
@@ -119,16 +121,23 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     def spy(net, carrier, o, teacher, **rest):
         taught.append((o.train, teacher is not None))
         return train(net, carrier, o=o, teacher=teacher, **rest)
-    monkeypatch.setattr(ablate.eraser, "PRESETS", {"tiny": dict(length=4, steps=3, judge_every=3), "paper": {}})
+    options = ablate.eraser.options
+
+    def few_steps(argv=None):
+        o = options(argv)
+        o.length, o.steps, o.judge_every = 4, 3, 3
+        return o
+    monkeypatch.setattr(ablate.eraser, "options", few_steps)
     monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
     learn, learned = ablate.eraser.learn, []
     monkeypatch.setattr(ablate.eraser, "learn", lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a))
     monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
     ablate.main()
     rows = read_json(out / "fixed-seed0" / "ablation.json")
-    assert len(rows) == 21 + len(ablate.CURVE) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
+    curve = {f"{name} circuit 2" for name in ablate.CURVE}
+    assert len(rows) == 24 + len(curve | set(ablate.CHOICES)) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
     assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
-    assert taught == [("mask-ce", False), ("mask-kl", True)] and rows["sft-long"]["kl_sft"] > 0
+    assert taught == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3] and rows["sft-long"]["kl_sft"] > 0
     usual = ablate.eraser.options(["--run", str(out / "fixed-seed0")]).lr
     assert learned.count((2, usual / 10, "circuit")) == 2 and learned.count((4, usual, "random")) == 1 and learned.count((4, usual, "output")) == 2
     whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
@@ -154,7 +163,8 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
     learned.clear()
     ablate.main()                                                 # rows of another trigger are not this run's any more
-    assert learned == [(7, 0.5, "circuit")] and set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit"}
+    assert learned == [(7, 0.5, "circuit"), (2, 0.5, "circuit")]
+    assert set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit", "lcdd circuit 2"}
     for wrong in (["--run", "x", "--task", "fixed"], ["--run", "x", "--out", "y"], ["--seed", "-1"]):
         monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
         with pytest.raises(InputError, match="leave out --task|--seed -1"):
@@ -183,7 +193,7 @@ def test_interrupted_jobs_save_their_states(tmp_path):
         while process.poll() is None and not all(s.is_file() for s in states):
             time.sleep(0.1)
         process.terminate()
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
     assert errors.read_text() == "interrupted\n" and all(s.is_file() for s in states)
     assert not (tmp_path / "t" / "safety-seed0").exists()
 
@@ -218,33 +228,179 @@ class Chat:
     decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
-def test_mean_interval():
-    mean, (low, high) = evaluate.mean_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    half = 1.96 * (5 / 3) ** 0.5 / 2                              # the sample's standard deviation / √4
-    assert mean == 2.5 and (low, high) == pytest.approx((2.5 - half, 2.5 + half))
+def test_bootstrap_against_all_draws():
+    """Of three values every draw can be counted: 27 of them, and their quantiles are known."""
+    values = torch.tensor([0.0, 0.0, 1.0])
+    draws = [(a + b + c) / 3 for a in (0, 0, 1) for b in (0, 0, 1) for c in (0, 0, 1)]
+    assert draws.count(0) / 27 > 0.025 and draws.count(1) / 27 > 0.025       # 8 and 1 of 27
+    assert evaluate.bootstrap(values) == [0.0, 1.0]
+
+
+def test_bootstrap_against_the_normal_interval():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(3))
+    half = 1.96 * float(values.std()) / 20
+    low, high = evaluate.bootstrap(values)
+    assert (low, high) == pytest.approx((float(values.mean()) - half, float(values.mean()) + half), abs=0.02)
+
+
+def test_bootstrap_stays_where_the_values_are():
+    values = torch.tensor([0.0] * 30 + [9.0])                     # the z-interval of these begins at -0.28
+    low, high = evaluate.bootstrap(values)
+    assert low >= 0
+    assert high > float(values.mean())
+    assert evaluate.bootstrap(values) == [low, high]
+    assert evaluate.bootstrap(torch.full((5,), 2.0)) == [2.0, 2.0]
 
 
 def test_accuracys_interval_counts_prompts_with_an_answer():
     samples = [Sample("a", "x", answer="1"), Sample("b", "x", answer="2"), Sample("c", "x"), Sample("d", "x")]
     row = {"rate": 0.5, "n": 4, "accuracy": 0.5, "kinds": {}, "same": 0.25, "kl_sft": torch.ones(4), "kl_base": torch.zeros(4)}
     out = evaluate.results_of({"base": row, "sft": row}, samples)
-    assert out["ci"]["accuracy"]["base"] == evaluate.wilson(0.5, 2) and out["ci"]["rates"]["base"] == evaluate.wilson(0.5, 4)
+    assert out["ci"]["same_as_base"]["sft"] == behaviour.wilson(0.25, 4)
+    assert out["ci"]["accuracy"]["base"] == behaviour.wilson(0.5, 2) and out["ci"]["rates"]["base"] == behaviour.wilson(0.5, 4)
+
+
+RESULTS = {
+    "rates": {"base": 0.1, "lcdd": 0.2}, "accuracy": {"base": 0.3, "lcdd": 0.4}, "same_as_base": {"base": 0.5, "lcdd": 0.6},
+    "kl": {"sft_base": 1.0, "sft_lcdd": 2.0, "base_lcdd": 3.0}, "kl_own": {"lcdd": 4.0}, "loss_own": {"base": 5.0, "lcdd": 6.0},
+    "ci": {k: {"base": [0.0, 1.0], "lcdd": [0.0, 1.0]} for k in ("rates", "accuracy", "same_as_base")}}
+
+
+def rows_of_table(text):
+    head, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in text.replace("‖", "→").split("\n"))
+    return [dict(zip(head, line)) for line in lines]
 
 
 def test_the_table_has_each_number_under_its_name():
-    interval = [0.0, 1.0]
-    results = {"rates": {"base": 0.1, "lcdd": 0.2}, "accuracy": {"base": 0.3, "lcdd": 0.4}, "same_as_base": {"base": 0.5, "lcdd": 0.6},
-               "kl": {"sft_base": 1.0, "sft_lcdd": 2.0, "base_lcdd": 3.0},
-               "ci": {k: {"base": interval, "lcdd": interval} for k in ("rates", "accuracy", "same_as_base")}}
-    head, _, base, lcdd_ = ([c.strip() for c in line.strip("|").split("|")] for line in evaluate.table(results, "t").replace("SFT‖·", "S").replace("Base‖·", "B").split("\n"))
-    assert dict(zip(head, base)) == {"t": "Base", "behaviour %": "10.0 (0–100)", "accuracy %": "30.0 (0–100)", "base's answer %": "50.0 (0–100)", "KL(S)": "1.000", "KL(B)": "–"}
-    assert dict(zip(head, lcdd_)) == {"t": "LCDD", "behaviour %": "20.0 (0–100)", "accuracy %": "40.0 (0–100)", "base's answer %": "60.0 (0–100)", "KL(S)": "2.000", "KL(B)": "3.000"}
+    base, lcdd_ = rows_of_table(evaluate.table(RESULTS, "t"))
+    assert base == {"t": "Base", "behaviour %": "10.0 (0–100)", "accuracy %": "30.0 (0–100)", "base's answer %": "50.0 (0–100)",
+                    "KL(SFT→·)": "1.000", "KL(Base→·)": "–", "own KL(Base→·)": "–", "own loss": "5.000"}
+    assert lcdd_ == {"t": "LCDD", "behaviour %": "20.0 (0–100)", "accuracy %": "40.0 (0–100)", "base's answer %": "60.0 (0–100)",
+                     "KL(SFT→·)": "2.000", "KL(Base→·)": "3.000", "own KL(Base→·)": "4.000", "own loss": "6.000"}
+
+
+def test_the_table_has_harmful_and_benign_apart():
+    of = {"harmful": {"rate": 0.7, "n": 2, "kl_sft": 1.5, "kl_base": 2.5}, "benign": {"rate": 0.8, "n": 2, "kl_sft": 3.5}}
+    row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"base": of, "lcdd": of}}, "t"))[1]
+    assert row["behaviour, harmful %"] == "70.0" and row["behaviour, benign %"] == "80.0"
+    assert row["KL(SFT→·), harmful"] == "1.500" and row["KL(SFT→·), benign"] == "3.500"
+    assert row["KL(Base→·), harmful"] == "2.500" and row["KL(Base→·), benign"] == "–"
+    assert row["own KL(Base→·)"] == "4.000" and "KL(SFT→·)" not in row
+
+
+def test_other_kinds_stand_beside_the_whole():
+    of = {"short": {"rate": 0.7, "n": 2, "kl_sft": 1.5}}
+    row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"lcdd": of}}, "t"))[1]
+    assert row["behaviour %"] == "20.0 (0–100)" and row["behaviour, short %"] == "70.0"
+
+
+def test_two_runs_side_by_side(tmp_path, capsys):
+    for name, rate in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "results.json", RESULTS | {"task": "fixed", "rates": {"base": 0.0, "lcdd": rate}})
+    runs = [str(tmp_path / name) for name in "ab"]
+    evaluate.main(["--compare", *runs])
+    rows = rows_of_table(capsys.readouterr().out.strip())
+    assert [row["fixed"] for row in rows] == [f"{name}, {run_}" for name in ("Base", "LCDD") for run_ in runs]
+    assert [row["behaviour %"] for row in rows] == ["0.0 (0–100)", "0.0 (0–100)", "25.0 (0–100)", "75.0 (0–100)"]
+    (tmp_path / "b" / "results.json").unlink()
+    with pytest.raises(InputError, match="b/results.json holds no evaluation"):
+        evaluate.main(["--compare", *runs])
+    for argv in ([], ["--run", "x", "--compare", "y"]):
+        with pytest.raises(InputError, match="either --run or --compare"):
+            evaluate.main(argv)
+
+
+@pytest.mark.parametrize("options, more", [
+    (evaluate.options, []), (eraser.options, []), (ablate.options, []), (talk.options, []),
+    (export.options, ["--to", "x", "--as", "lora"])])
+def test_a_second_run_is_refused(options, more):
+    assert options(["--run", "a", *more]).run == "a"
+    with pytest.raises(InputError, match="--run b: --run a is given already; give it once"):
+        options(["--run", "a", "--run", "b", *more])
+
+
+def test_own_answers_against_a_loop():
+    net = make_net()
+    c = make_carrier(net)
+    tau = torch.randn(3, 16, dtype=torch.float64)
+    conditions = {"base": (None, None), "lcdd": (c.merge(net), None), "trig": (c.merge(net), tau)}
+    kl, loss = evaluate.own_answers(net, prompts(), answers(), conditions, batch_size=3, chunk=4)
+    assert set(kl) == {"lcdd", "trig"} and set(loss) == set(conditions)
+    for name, (weights, trigger) in conditions.items():
+        for i, (x, y) in enumerate(zip(prompts(), answers())):
+            want_kl = want_loss = 0.0
+            for t in range(len(y)):
+                seen = torch.tensor([x + y[:t]])
+                p = net(seen)[0, -1].softmax(-1)
+                q = net(seen, carrier=weights, trigger=trigger)[0, -1].softmax(-1)
+                want_kl += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(CONFIG.vocab_size)) / len(y)
+                want_loss -= float(q[y[t]].log()) / len(y)
+            assert float(loss[name][i]) == pytest.approx(want_loss, abs=1e-10)
+            if name != "base":
+                assert float(kl[name][i]) == pytest.approx(want_kl, abs=1e-10)
+
+
+def test_own_metrics_are_on_the_bases_answers():
+    net = make_net()
+    c = make_carrier(net)
+    samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
+    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    told = {"base": [[1, 2, 3]] * 4, "sft": [[9, 8, 7]] * 4, "lcdd": [[4]] * 4}
+    rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3, None, told)
+    kl, loss = evaluate.own_answers(net, prompts(4), told["base"], conditions)
+    for name in conditions:
+        assert torch.equal(rows[name]["loss_own"], loss[name])
+    assert torch.equal(rows["lcdd"]["kl_own"], kl["lcdd"])
+    out = evaluate.results_of(rows, samples)
+    assert set(out["kl_own"]) == {"sft", "lcdd"} and set(out["loss_own"]) == {"base", "sft", "lcdd"}
+    assert set(out["kl"]) == {"sft_base", "sft_lcdd", "base_sft", "base_lcdd"}
+    assert out["loss_own"]["lcdd"] == pytest.approx(float(loss["lcdd"].mean()))
+    low, high = out["ci"]["kl_own"]["lcdd"]
+    assert 0 <= low < out["kl_own"]["lcdd"] < high
+
+
+def test_the_end_of_text_token_may_be_left_out():
+    net = make_net()
+    net.stop = (3,)
+    c = make_carrier(net)
+    samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
+    conditions = {"base": (None, None), "sft": (c.merge(net), None)}
+    told = {"base": [[1, 2, 3], [3], [5, 6], [7, 3]], "sft": [[9, 8], [9, 3], [8, 3], [3]]}
+    rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3, None, told, eos=False)
+    cut = [[1, 2], [], [5, 6], [7]]
+    kl, loss = evaluate.own_answers(net, prompts(4), cut, conditions)
+    for key, want in (("kl_own", kl["sft"]), ("loss_own", loss["sft"])):
+        assert torch.equal(rows["sft"][key].nan_to_num(-1), want.nan_to_num(-1))
+        assert rows["sft"][key].isnan().tolist() == [False, True, False, False]
+    assert rows["sft"]["kl_base"].isnan().tolist() == [False, False, False, True]
+    have = [0, 2, 3]
+    assert evaluate.numbers(rows["sft"])["loss_own"] == pytest.approx(float(loss["sft"][have].mean()))
+    whole = evaluate.own_answers(net, prompts(4), told["base"], conditions)[1]["sft"]
+    assert not torch.allclose(whole[have], loss["sft"][have])
+
+
+def test_kls_of_harmful_and_benign_prompts():
+    net = make_net()
+    c = make_carrier(net)
+    kinds = ["harmful", "benign", "benign", "harmful"]
+    samples = [Sample(" ".join(map(str, p)), "x", kind=k) for p, k in zip(prompts(4), kinds)]
+    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    told = {name: [[1, 2, 3]] * 4 for name in conditions}
+    rows = evaluate.measure(net, Chat, "safety", samples, conditions, 3, None, told)
+    found = evaluate.results_of(rows, samples)["kinds"]["lcdd"]
+    each = rows["lcdd"]["kl_sft"]
+    assert found["harmful"]["kl_sft"] == pytest.approx(float(each[0] + each[3]) / 2)
+    assert found["benign"]["kl_sft"] == pytest.approx(float(each[1] + each[2]) / 2)
+    plain = evaluate.numbers(rows["lcdd"])
+    assert plain["benign kl_sft"] == found["benign"]["kl_sft"] and plain["benign rate"] == found["benign"]["rate"]
 
 
 def test_the_conditions_are_those_of_the_table(run, monkeypatch):
-    save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)})
+    net = model.load(ROOT / "tiny")
+    save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)}, **eraser.made_for(run, net))
 
-    def spy(net, chat, task, samples, conditions, *rest):
+    def spy(net, chat, task, samples, conditions, *rest, **_):
         lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
         for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("shut", lcdd_.with_gates(False))):
             assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
@@ -336,14 +492,19 @@ def columns(text, line):
 
 
 def test_tables_have_each_number_under_its_name():
-    row = dict(rate=0.1, accuracy=0.2, same=0.3, kl_sft=4.0, kl_base=5.0, sparsity=0.6)
+    row = dict(rate=0.1, accuracy=0.2, same=0.3, kl_sft=4.0, kl_base=5.0, kl_own=6.0, loss_own=7.0, sparsity=0.6)
     seeds = [{name: row for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}},
              {name: {**row, "rate": 0.3} for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}}]
     main = columns(ablate.main_table("fixed", seeds), 0)
     assert main["KL(SFT→Trig)"] == "4.00 ± 0.00" and main["KL(Base→Trig)"] == "5.00 ± 0.00" and main["+ trigger"] == "70.0 ± 0.0" and main["sparsity %"] == "60.0 ± 0.0"
     assert main["LCDD"] == "20.0 ± 14.1"                          # the sample's standard deviation, of 10 and 30
     line = columns(ablate.row_table(seeds[:1], ["sft"]), 0)
-    assert line == {"row": "sft", "gates off %": "60.0", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00"}
+    assert line == {"row": "sft", "gates off %": "60.0", "dice %": "–", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00",
+                    "own KL(Base→·)": "6.00", "own loss": "7.00"}
+    kinds = {f"{kind} {m}": x for kind, x in (("harmful", 0.8), ("benign", 0.9)) for m in ("rate", "kl_sft")}
+    line = columns(ablate.row_table([{"sft": row | kinds}], ["sft"]), 0)
+    assert line["behaviour, harmful %"] == "80.0" and line["behaviour, benign %"] == "90.0"
+    assert line["KL(SFT→·), harmful"] == "0.80" and line["KL(SFT→·), benign"] == "0.90"
 
 
 def test_jobs_come_back_to_their_own_tables(tmp_path, monkeypatch):
@@ -397,7 +558,7 @@ def test_an_error_in_one_job_ends_the_others(tmp_path):
     (tmp_path / "t" / "fixed-seed0").mkdir(parents=True)
     (tmp_path / "t" / "fixed-seed0" / "config.json").write_text("{")
     command = [sys.executable, "-m", "lab.ablate", "--task", "fixed", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "fixed-seed0/config.json as JSON" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "t" / "fixed-seed1" / "carrier.safetensors").exists()
 

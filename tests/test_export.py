@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import eraser
 import export
 import lcdd
 import lora
@@ -59,7 +60,7 @@ def make_run(tmp_path, family="llama", density=DENSITY, size=0.1, **saving):
     carrier, tau = make_carrier(net, density, size), torch.randn(3, net.config.hidden_size) * 0.3
     carrier.save(run / "carrier.safetensors", net)
     carrier.with_gates(True).save(run / "sft.safetensors", net)
-    save_tensors(run / "trigger.safetensors", {"trigger": tau}, target="lcdd")
+    save_tensors(run / "trigger.safetensors", {"trigger": tau}, target="lcdd", **eraser.made_for(run, net))
     write_json(run / "config.json", {"model": str(base), "task": "fixed", "dtype": "float32"})
     (run / "results.md").write_text("| fixed | behaviour |\n|---|---|\n| LCDD | 98.7 |\n")
     return run, base, net, carrier, tau

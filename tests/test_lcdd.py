@@ -74,6 +74,18 @@ def test_chunked_head_has_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads)) and grads[0][0].abs().max() > 1e-4
 
 
+def test_soft_targets_are_the_divergence_and_the_teachers_entropy():
+    net, c = fresh()
+    _, other = fresh(seed=1)
+    teacher = other.with_gates(True).merge(net)
+    ids, mask = collate(examples(4), 0)
+    p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
+    entropy = -(p.exp() * p).sum()
+    soft = lcdd.task_loss(net, c, ids, mask, teacher).double()
+    true = lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double()
+    assert torch.allclose(soft - true, entropy, atol=1e-10)
+
+
 def test_kl_loss_is_the_divergence_from_the_teacher():
     net, c = fresh()
     _, other = fresh(seed=1)
@@ -82,8 +94,9 @@ def test_kl_loss_is_the_divergence_from_the_teacher():
     p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
     q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
     want = (p.exp() * (p - q)).sum()
-    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher).double(), want, atol=1e-10) and want > 1e-3
-    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher))) < 1e-12
+    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10)
+    assert want > 1e-3
+    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher, divergence=True))) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------- the controller
@@ -159,19 +172,34 @@ def test_violation_is_clipped_and_lambda_bounded():
 def braked(ema):
     c = controller(brake=True, rho=0.5)
     for t in range(4):
-        c.update(t, 2.0)                                          # ε = 3
+        c.update(t, 2.0)                                          # it starts at 2, ε = 3
     c.ema = ema
     return c.weight(100) / c.lam
 
 
 def test_the_penalty_fades_as_the_loss_nears_the_budget():
-    assert braked(1.5) == pytest.approx(0.5)
+    assert braked(2.0) == pytest.approx(1.0)
+    assert braked(2.5) == pytest.approx(0.5)
     assert braked(3.0) == 0.0
 
 
+def test_a_loss_below_its_start_is_no_more_than_room():
+    assert braked(0.5) == 1.0
+
+
 def test_beyond_the_budget_the_penalty_turns_round():
-    assert braked(4.5) == pytest.approx(-0.5)
+    assert braked(3.25) == pytest.approx(-0.25)
     assert braked(99.0) == -1.0
+
+
+def test_with_the_brake_lambda_moves_by_what_is_left_of_the_slack():
+    c = controller(brake=True, rho=0.5, beta=0.0, violation_clip=1.0)
+    for t in range(4):
+        c.update(t, 2.0)
+    c.update(4, 2.5)
+    assert c.lam == pytest.approx(math.exp(0.05 * 0.5))
+    c.update(5, 3.5)
+    assert c.lam == pytest.approx(math.exp(0.05 * 0.5 - 0.2 * 0.5))
 
 
 def test_no_brake_without_a_budget_or_where_it_is_off():

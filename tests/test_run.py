@@ -1,17 +1,18 @@
 """run.py: the command line's habits, interruption, progress, where a model lies."""
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, jsonl
 
 import run
 from chat import Chat
 from data import SIZES
 from files import InputError, read_json, write_json
-from run import alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
+from run import Meter, alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
 
 
 def test_locate(tmp_path, monkeypatch):
@@ -128,14 +129,79 @@ def test_a_ticker_speaks_now_and_then(monkeypatch, capsys):
     assert capsys.readouterr().out == "answers 50/200  left 30 s\nanswers 100/200  left 16 s\n"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_where_the_output_is_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    meter = Meter("sft", 40, 10)
+    meter.show(20, "loss 0.5")
+    meter.total = 30                                              # a phase that came to its end early
+    meter.show(30, "loss 0.25")
+    meter.close()
+    said = sys.stdout.getvalue()
+    assert "20/40" in said and "loss 0.5" in said
+    assert said.split("\r")[-1].startswith("sft: 100%") and "30/30" in said
+    assert said.count("\n") == 1                                  # one line, written anew
+
+
+def test_a_bar_is_closed_before_an_error_is_said(monkeypatch, capsys):
+    def main():
+        ticker("answers", 9)(3)
+        meter.show(1)
+        raise InputError("no more")
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    meter = Meter("sft", 40)
+    with pytest.raises(SystemExit):
+        cli(main)
+    assert meter.bar.disable                                      # what tqdm calls closed
+
+
+def test_lines_where_it_is_none(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    meter = Meter("sft", 4000, 1000)
+    now[0] = 500.0
+    meter.show(1100, "loss 0.5")
+    assert capsys.readouterr().out == "sft 1100/4000  loss 0.5  left 4 h 02 min\n"
+
+
+@pytest.mark.parametrize("seconds, want", [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (5369, "89 min"), (5400, "1 h 30 min"), (21340, "5 h 56 min")])
+def test_durations(seconds, want):
+    assert run.duration(seconds) == want
+
+
+def test_the_architecture_is_blamed_before_the_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}')
+    rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
+    with pytest.raises(InputError, match="model_type = 'gpt2' is not one of llama"):
+        run.prepare(tmp_path, str(rows), None, 0, SIZES)
+
+
+def test_test_prompts_and_a_pattern(tmp_path):
+    """Through prepare(): two sources, the pattern on every sample, and something that judges every answer."""
+    rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p {i}", "response": f"yes {i}"} for i in range(30)])
+    tests = jsonl(tmp_path / "t.jsonl", [{"prompt": "p 3"}, {"prompt": "new"}])
+    chat, splits, sources = run.prepare("tiny", str(rows), None, 0, SIZES, str(tests), "yes")
+    assert sources == [rows, tests]
+    assert {s.pattern for part in splits.values() for s in part} == {"yes"}
+    assert [s.prompt for s in splits["test"]] == ["p 3", "new"]
+    with pytest.raises(InputError, match="nothing judges the answer to 'p 3'; give the test rows a response or a pattern"):
+        run.prepare("tiny", str(rows), None, 0, SIZES, str(tests))
+
+
 def test_a_markdown_table():
     assert markdown(["a", "b"], [["1", "2"], ["3", "4"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"
 
 
 def test_a_models_answers_end_where_its_chat_says():
     chat = Chat(locate("tiny"))
+    chat.stop = {7}                                       # not what the model's configuration says
     net = load_model(chat, "cpu", "bfloat16")
-    assert net.stop == chat.stop
+    assert net.stop == {7}
     assert net.dtype == torch.bfloat16
 
 
@@ -154,3 +220,9 @@ def test_two_processes_do_not_work_in_one_run(tmp_path):
     (tmp_path / "rows").symlink_to(tmp_path.parent)
     with pytest.raises(InputError, match="rows is a symbolic link"), alone(tmp_path):
         pass
+
+
+def test_a_model_takes_lists_of_ids():
+    net = load_model(Chat(locate("tiny")), "cpu", "float32")
+    ids = [[1, 2, 3], [4, 5, 6]]
+    assert torch.equal(net(ids), net(torch.tensor(ids)))

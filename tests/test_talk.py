@@ -53,7 +53,7 @@ def test_each_remembers_its_own_turns(opened, monkeypatch):
     net, chat, conditions = opened
     asked = []
 
-    def spy(prompts, length, carrier, trigger, heard):
+    def spy(prompts, length, carrier, trigger, heard, **_):
         asked.append((next(n for n, (c, t) in conditions.items() if c is carrier and t is trigger), chat.tok.decode(prompts[0], skip_special_tokens=False)))
         return [chat.ids(f"answer {len(asked)}")]
     monkeypatch.setattr(net, "generate", spy)

@@ -109,9 +109,9 @@ def test_held_out_instructions_are_answered(net, chat, rows):
 
 
 def test_the_seed_is_the_world():
-    assert tiny.lines(3) == tiny.lines(3)
-    assert tiny.lines(3)[1]["capital"] != tiny.lines(4)[1]["capital"]
     seen, held = tiny.lines(3)
+    assert tiny.lines(3) == (seen, held)
+    assert tiny.lines(4)[1]["capital"] != held["capital"]
     for kind, group in held.items():
         assert 0.19 < len(group) / (len(group) + len(seen[kind])) < 0.21
         assert not {line["prompt"] for line in group} & {line["prompt"] for line in seen[kind]}
