@@ -27,7 +27,7 @@ import carrier as carriers
 import model
 from chat import collate
 from files import Failed, InputError, append_jsonl, load_tensors, save_tensors, write_json
-from run import Interrupted, Meter, Once, check_device, check_numbers, cli, patient, read_results, reopen, ticker
+from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
@@ -328,7 +328,7 @@ def main(argv=None):
     done = load_tensors(state)[1]["step"] if state.is_file() else 0
     meter = Meter(o.name, o.steps, done)
     try:
-        with patient() as interrupted:
+        with alone(run), patient() as interrupted:
             tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)
             save_tensors(run / f"{o.name}.safetensors", {"trigger": tau.cpu()}, loss=loss, **belongs_to, **settings_of(o))
             state.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import (Failed, InputError, append_jsonl, fingerprint, load_tensors, save_tensors,
                    write_json, write_text)
-from run import (Interrupted, Meter, cli, locate, open_run, patient, prepare,
+from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, prepare,
                  read_results, resume_command, ticker)
 from settings import fit, options, pull
 
@@ -741,7 +741,8 @@ def main(argv=None):
           f"(gates {o.gate_lr:.3g}), {o.settle} to settle, at most")
     torch.manual_seed(o.seed)
     try:
-        train(o, net, chat, splits, examples, run, tuned)
+        with alone(run):
+            train(o, net, chat, splits, examples, run, tuned)
     except KeyboardInterrupt:
         words = sys.argv[1:] if argv is None else argv
         raise Interrupted(resume_command("lcdd.py", words, run)) from None

@@ -4,6 +4,7 @@ run directory with its pieces: configuration, chat, splits, model.
 """
 import argparse
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -337,6 +338,21 @@ def reopen(run):
         raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was "
                          "trained, so held-out prompts may not be; restore it or train again")
     return config, chat, splits
+
+
+@contextlib.contextmanager
+def alone(run):
+    """
+    Within it no other process works in a run directory: a lock that ends with the process that
+    holds it, however that ends. Raises InputError where another process holds it.
+    """
+    with open(Path(run) / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process works in {run}; wait for its end, or choose another "
+                             "run directory") from None
+        yield
 
 
 def open_run(out, name, resume, config):

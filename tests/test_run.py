@@ -12,7 +12,7 @@ import run
 from chat import Chat
 from data import SIZES
 from files import InputError, read_json, write_json
-from run import Meter, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
+from run import alone, Meter, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
 
 
 def test_locate(tmp_path, monkeypatch):
@@ -209,3 +209,18 @@ def test_a_model_takes_lists_of_ids():
     net = load_model(Chat(locate("tiny")), "cpu", "float32")
     ids = [[1, 2, 3], [4, 5, 6]]
     assert torch.equal(net(ids), net(torch.tensor(ids)))
+
+
+def test_one_process_a_run_directory(tmp_path):
+    with alone(tmp_path):
+        with pytest.raises(InputError, match="another process works in"):
+            with alone(tmp_path):
+                pass
+
+
+def test_the_lock_ends_with_its_holder(tmp_path):
+    with pytest.raises(RuntimeError):
+        with alone(tmp_path):
+            raise RuntimeError
+    with alone(tmp_path):
+        pass
