@@ -801,6 +801,7 @@ def test_batches_of_the_phases_follow_the_seed(tmp_path, monkeypatch):
         lcdd.train_sft(net, c, examples(), settings(sft_steps=1, seed=seed), tmp_path, 0)
         (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
         lcdd.train_lcdd(net, c, examples(), settings(steps=1, settle=0, seed=seed), tmp_path, 0)
+        (tmp_path / "state.safetensors").unlink()
     assert seeds == [3, 4, 8, 9]
 
 

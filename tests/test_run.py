@@ -226,3 +226,18 @@ def test_a_model_takes_lists_of_ids():
     net = load_model(Chat(locate("tiny")), "cpu", "float32")
     ids = [[1, 2, 3], [4, 5, 6]]
     assert torch.equal(net(ids), net(torch.tensor(ids)))
+
+
+def test_one_process_a_run_directory(tmp_path):
+    with alone(tmp_path):
+        with pytest.raises(InputError, match="another process works in"):
+            with alone(tmp_path):
+                pass
+
+
+def test_the_lock_ends_with_its_holder(tmp_path):
+    with pytest.raises(RuntimeError):
+        with alone(tmp_path):
+            raise RuntimeError
+    with alone(tmp_path):
+        pass
