@@ -31,6 +31,7 @@ import carrier as carriers
 import data
 import lora
 import model
+import plan
 from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import (Failed, InputError, append_jsonl, fingerprint, load_tensors, read_header,
@@ -744,21 +745,24 @@ def results_table(o, scores, results):
 def main(argv=None):
     o = options(argv, __doc__)
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
-    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern)
+    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
+                                    weights=not o.dry_run)
+    examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
+    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
+    say_unknown(chat, splits["train"], sources[0])
+    examples = supervised(examples, o.loss)
+    if o.dry_run:
+        return plan.show(o, chat, splits, examples)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     model.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
-    examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
-    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
-    say_unknown(chat, splits["train"], sources[0])
-    examples = supervised(examples, o.loss)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
     run = open_run(o.out, name, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
+        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
         "data_fingerprint": fingerprint(*sources), "base_fingerprint": carriers.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})

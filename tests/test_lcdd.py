@@ -1,4 +1,5 @@
 """lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+import functools
 import gc
 import json
 import math
@@ -348,11 +349,10 @@ def test_a_linear_decay_after_a_warm_up_is_that_of_transformers(tmp_path, monkey
     from transformers import get_linear_schedule_with_warmup
     o = settings(schedule="linear", lr_warmup=0.1, sft_steps=21, steps=25, settle=0, stall=0.0)
 
-    def schedule(optimizer, steps):
-        return get_linear_schedule_with_warmup(optimizer, math.ceil(0.1 * steps), steps)
-
     for phase, peak, steps in ((lcdd.train_sft, o.sft_lr, 21), (lcdd.train_lcdd, o.lr, 25)):
-        want = of_transformers(lambda it: schedule(it, steps), peak, steps)
+        schedule = functools.partial(get_linear_schedule_with_warmup, num_training_steps=steps,
+                                     num_warmup_steps=math.ceil(0.1 * steps))
+        want = of_transformers(schedule, peak, steps)
         assert rates_of(phase, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
         assert want[0] == 0 and max(want) == peak
         (tmp_path / "state.safetensors").unlink()
