@@ -30,7 +30,8 @@ from files import Failed, InputError, append_jsonl, check_finite, load_tensors, 
 from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
-PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
+PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True, schedule="constant", clip=1.0, raw=True,
+             alpha=0.7, k=8, beta=0.1, judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -131,20 +132,25 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
         keep &= place <= last[:, None]
     hidden, stream = [], []
     for i in range(0, len(ids), batch_size):
-        piece = slice(i, i + batch_size)
-        s = []
-        h = net.hidden(ids[piece].to(net.device), keep=keep[piece].to(net.device), streams=s)   # (N, d)
+        some, places, ends = (t[i:i + batch_size].to(net.device) for t in (ids, keep, last))
+        h, s = states_at(net, None, None, some, places, ends)
         hidden.append(h)
-        stream.append(at_prompt(s, keep[piece].to(net.device), last[piece].to(net.device)))   # (L, B, d)
+        stream.append(s)
     at = F.pad(keep.sum(1).cumsum(0), (1, 0))                                            # (P+1)
     move = lambda *ts: [t.to(net.device) for t in ts]
     return Targets(*move(ids, last, keep), torch.cat(hidden), at.tolist(), torch.cat(stream, dim=1))
 
 
-def at_prompt(streams, keep, last):
-    """The residual stream at the last prompt token, (L, B, d), out of that at all kept positions, L × (N, d)."""
-    rows = (torch.arange(keep.shape[1], device=keep.device) == last[:, None])[keep].nonzero().squeeze(1)   # (B) of N
-    return torch.stack([x[rows] for x in streams])
+def states_at(net, weights, tau, ids, keep, last):
+    """
+    The hidden states at the positions `keep` (B, T) of Eq. 8, (N, d), and the residual stream of every layer at the last
+    prompt token of Eq. 7, (L, B, d). An answer that is longer than k has that token before the positions of Eq. 8.
+    """
+    at_last = torch.arange(keep.shape[1], device=keep.device) == last[:, None]               # (B, T)
+    asked, streams = keep | at_last, []
+    hidden = net.hidden(ids, weights, tau, keep=asked, streams=streams)                       # (M, d)
+    rows = at_last[asked].nonzero().squeeze(1)                                                # (B) of M
+    return hidden[keep[asked]], torch.stack([x[rows] for x in streams])
 
 
 def channels(carrier, objective, seed=0):
@@ -188,11 +194,9 @@ def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=N
     """Eq. 6 for the prompts `rows` of `targets`: (L, L_mse, L_kl, R). `unit` is the token norm that R is measured in."""
     ids, keep = targets.ids[rows], targets.keep[rows]
     T = int(targets.last[rows].max()) + 1 if o.positions == "prompt" else int(keep.sum(0).nonzero().max()) + 1
-    streams = []
-    hidden = net.hidden(ids[:, :T], weights, tau, keep=keep[:, :T], streams=streams)
+    hidden, stream = states_at(net, weights, tau, ids[:, :T], keep[:, :T], targets.last[rows])
     mse = hidden.new_zeros(())
     if mask.any():
-        stream = at_prompt(streams, keep[:, :T], targets.last[rows])                                  # (L, B, d)
         aim = targets.stream if o.match == "mean" else targets.stream[:, rows]
         mse = matching_loss(stream, aim, mask, o.match, variance)
     aim = torch.cat([targets.hidden[targets.at[i]:targets.at[i + 1]] for i in rows])                  # (N, d)

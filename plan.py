@@ -222,8 +222,9 @@ def what_it_is(o, config, splits, examples, step):
                        f"{step.supervised / o.batch:.1f} in the loss ({loss})")
     for name, steps, rate in (("SFT", o.sft_steps, o.sft_lr), ("LCDD", o.steps, o.lr),
                               ("settling", o.settle, o.lr)):
-        yield name, (f"{steps:,} steps of {o.batch} samples ({step.micro} × {o.micro_batch}), "
-                     f"rate {rate:.3g}, {steps * step.tokens:,.0f} tokens computed")
+        if steps:
+            yield name, (f"{steps:,} steps of {o.batch} samples ({step.micro} × {o.micro_batch}), "
+                         f"rate {rate:.3g}, {steps * step.tokens:,.0f} tokens computed")
 
 
 def what_it_costs(o, config, splits, step, seconds):
@@ -231,7 +232,9 @@ def what_it_costs(o, config, splits, step, seconds):
     _, deltas = sizes_of(config)
     parts = memory(config, step, o)
     each = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items())
-    yield "memory", f"{gigabytes(sum(parts.values()))} of {gigabytes(room(o.device))}: {each}"
+    total, there = sum(parts.values()), room(o.device)
+    short = ", more than there is" if total > there else ""
+    yield "memory", f"{gigabytes(total)} of {gigabytes(there)}{short}: {each}"
     kept = deltas * bytes_of(o.sft_dtype)
     yield "disk", f"{gigabytes(kept)}, and {gigabytes(3 * deltas * bytes_of(o.delta_dtype))} while it trains"
     answers = 2 * len(splits["validation"]) + 3 * len(splits["test"])
@@ -239,9 +242,9 @@ def what_it_costs(o, config, splits, step, seconds):
     times = {"SFT": o.sft_steps * seconds["sft"], "LCDD": o.steps * seconds["lcdd"],
              "settling": o.settle * seconds["sft"],
              f"{answers:,} answers": rounds * o.max_new_tokens * seconds["token"]}
-    each = ", ".join(f"{name} {duration(s)}" for name, s in times.items())
-    yield "time", (f"{duration(sum(times.values()))}: {each} (a step of SFT {seconds['sft']:.2g} s, "
-                   f"of LCDD {seconds['lcdd']:.2g} s)")
+    each = ", ".join(f"{name} {duration(s)}" for name, s in times.items() if s)
+    yield "time", (f"{duration(sum(times.values()))}: {each} (a step of SFT {seconds['sft']:.3g} s, "
+                   f"of LCDD {seconds['lcdd']:.3g} s)")
 
 
 def room(device):
