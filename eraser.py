@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import behaviour
 import carrier as carriers
 import model
+import packed
 from chat import collate
 from files import Failed, InputError, append_jsonl, check_finite, load_tensors, read_header, save_tensors, size, take_back, write_json
 from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
@@ -272,7 +273,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
 
 def made_for(run, net):
     """{base, carrier}: hashes of the base and of the run's carrier file, which a trigger belongs to."""
-    return {"base": carriers.fingerprint(net), "carrier": carriers.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
+    return {"base": packed.fingerprint(net), "carrier": packed.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
 
 
 def load(path, net):
