@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import behaviour
 import carrier as carriers
+import machine
 import model
 import packed
 from chat import collate
@@ -317,7 +318,7 @@ def erase(o, argv, run, config, chat, splits):
     """Learn the trigger into the run directory, and see whether it moves the behaviour."""
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     lcdd, belongs_to = carriers.load(run / "carrier.safetensors", net), made_for(run, net)
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)

@@ -29,6 +29,7 @@ import behaviour
 import carrier as carriers
 import data
 import lora
+import machine
 import model
 import packed
 from carrier import Carrier, OneStep, penalty
@@ -723,7 +724,7 @@ def main(argv=None):
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)

@@ -17,6 +17,7 @@ import lcdd
 import model
 import packed
 from files import InputError, load_tensors, save_tensors
+from rows import Rows, rotary, rotate
 
 EXACT = 1e-10   # float64: the same mathematics in another order
 TABLE_5 = {"q_proj": ("attn_q", "attn_read"), "k_proj": ("attn_k", "attn_read"), "v_proj": ("attn_v", "attn_read"),
@@ -130,7 +131,7 @@ def part(net, l, name):
 
     def attention(x, linear):
         ids = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
-        rows = model.Rows(net, ids, torch.ones_like(ids, dtype=torch.bool))
+        rows = Rows(net, ids)
         return layer.self_attn(l, x.flatten(0, 1), linear, rows).unflatten(0, x.shape[:2])
     if name == "mlp":
         return mlp, ("gate_proj", "up_proj", "down_proj")
@@ -219,11 +220,11 @@ def test_activation_gates_as_the_paper_writes_them():
     ffn = h @ W["down_proj"].t() + r["ffn_write"] * ((r["ffn_hidden"] * h) @ D["down_proj"].t())      # Eq. 10
 
     q, k, v = (x @ W[f"{n}_proj"].t() + r[f"attn_{n}"] * ((r["attn_read"] * x) @ D[f"{n}_proj"].t()) for n in "qkv")  # Eq. 16–18
-    cos, sin = (t[:, 0] for t in model.rotary(cfg, torch.arange(7), x.dtype))
+    cos, sin = (t[:, 0] for t in rotary(cfg, torch.arange(7), x.dtype))
     context, r_v = [], []
     for head in range(4):
         own, shared = slice(head * 20, head * 20 + 20), slice(head // 2 * 20, head // 2 * 20 + 20)
-        scores = model.rotate(q[..., own], cos, sin) @ model.rotate(k[..., shared], cos, sin).transpose(1, 2) / 20 ** 0.5
+        scores = rotate(q[..., own], cos, sin) @ rotate(k[..., shared], cos, sin).transpose(1, 2) / 20 ** 0.5
         weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
         context.append(weights @ v[..., shared])                                                      # Eq. 19
         r_v.append(r["attn_v"][shared])
