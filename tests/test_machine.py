@@ -7,11 +7,28 @@ import torch
 import machine
 
 
-@pytest.mark.parametrize("width, device, native, dtype", [
-    (576, "cpu", True, torch.bfloat16), (576, "cpu", False, torch.float32), (48, "cpu", True, torch.float32), (48, "cuda:0", False, torch.bfloat16)])
-def test_bf16_where_it_is_fast(monkeypatch, width, device, native, dtype):
+@pytest.mark.parametrize("width, device, native, gain, dtype", [
+    (576, "cpu", True, 3.6, torch.bfloat16),
+    (576, "cpu", True, 0.5, torch.float32),                      # instructions that are slower than fp32's
+    (576, "cpu", False, 3.6, torch.float32),
+    (48, "cpu", True, 3.6, torch.float32),
+    (48, "cuda:0", False, 0.5, torch.bfloat16),
+])
+def test_bf16_where_it_is_fast(monkeypatch, width, device, native, gain, dtype):
     monkeypatch.setattr(machine, "native_bf16", lambda: native)
+    monkeypatch.setattr(machine, "bf16_gain", lambda width: gain)
     assert machine.fast_dtype(types.SimpleNamespace(hidden_size=width), device) == dtype
+
+
+def test_the_gain_of_bf16_is_the_ratio_of_the_processors_times(monkeypatch):
+    clock = {"now": 0.0}
+
+    def linear(x, weight):
+        clock["now"] += 3.0 if x.dtype == torch.float32 else 1.5
+
+    monkeypatch.setattr(machine.time, "process_time", lambda: clock["now"])
+    monkeypatch.setattr(machine.F, "linear", linear)
+    assert machine.bf16_gain(64) == 2.0
 
 
 @pytest.mark.parametrize(("most", "seconds", "best"), (
