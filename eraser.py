@@ -29,7 +29,9 @@ import torch.nn.functional as F
 
 import behaviour
 import carrier as carriers
+import machine
 import model
+import packed
 from chat import collate
 from files import (Failed, InputError, append_jsonl, check_finite, load_tensors, read_header,
                    save_tensors, size, take_back, write_json)
@@ -397,8 +399,8 @@ def restore(path, tau, optimizer, o):
 
 def made_for(run, net):
     """{base, carrier}: hashes of the base and of the run's carrier, which a trigger belongs to."""
-    header = carriers.read_packed(Path(run) / "carrier.safetensors")[1]
-    return {"base": carriers.fingerprint(net), "carrier": header["content"]}
+    header = packed.read_packed(Path(run) / "carrier.safetensors")[1]
+    return {"base": packed.fingerprint(net), "carrier": header["content"]}
 
 
 def load(path, net):
@@ -452,7 +454,7 @@ def erase(o, run, config, chat, splits):
     """Learn the trigger into the run directory, and see whether it moves the behaviour."""
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     start, file, state = time.time(), run / f"{o.name}.safetensors", run / f"{o.name}.state"
     if o.resume and not state.is_file() and file.is_file():
         load(file, net)                                         # a damaged one is not finished

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import machine
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
@@ -327,7 +328,7 @@ def load_model(chat, device, dtype):
     """The base model beside a chat, on `device`, in the dtype of that name, ready to generate."""
     net = model.load(chat.folder, device, getattr(torch, dtype))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import evaluate
+import machine
 import model
 from files import InputError
 from run import Once, check_device, cli, reopen
@@ -113,7 +114,7 @@ def main(argv=None):
         raise InputError(f"--max-new-tokens {length}: has to be at least 1")
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net, rows=1)
+    machine.set_threads(net, rows=1)
     conditions = evaluate.conditions_of(Path(o.run), net, o.trigger)[1]
     print(f"{chat.folder.name}, task {Path(config['task']).name}; /base /sft /lcdd /trigger /all "
           "choose who answers, /new forgets, /quit ends")

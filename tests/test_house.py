@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"weights", "spm", "patterns"},
+    {"weights", "spm", "patterns", "packed", "config", "machine", "rows"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
