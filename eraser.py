@@ -39,8 +39,9 @@ from run import (Interrupted, Meter, Once, alone, check_device, check_numbers, c
                  read_results, reopen, ticker)
 
 # App. F.3, as the paper's text has it and as the released code runs it
-PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant",
-             init="random", raw=True, alpha=0.7, k=8, judge_every=25)
+PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
+             schedule="constant", clip=1.0, init="random", raw=True, alpha=0.7, k=8, beta=0.1,
+             judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -175,9 +176,10 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     ids, last, keep = ids.to(net.device), last.to(net.device), keep.to(net.device)
     hidden, stream = [], []
     for i in range(0, len(ids), batch_size):
-        piece, layers = slice(i, i + batch_size), []
-        hidden.append(net.hidden(ids[piece], keep=keep[piece], streams=layers))         # (N, d)
-        stream.append(at_prompt(layers, keep[piece], last[piece]))                      # (L, B, d)
+        piece = slice(i, i + batch_size)
+        states, layers = states_at(net, None, None, ids[piece], keep[piece], last[piece])
+        hidden.append(states)                                                           # (N, d)
+        stream.append(layers)                                                           # (L, B, d)
     return Targets(ids, last, keep, torch.cat(hidden), at, torch.cat(stream, dim=1))
 
 
@@ -193,15 +195,18 @@ def kept_positions(real, last, k, positions):
     return real & (place >= first[:, None]) & (place <= last[:, None])
 
 
-def at_prompt(streams, keep, last):
+def states_at(net, weights, tau, ids, keep, last):
     """
-    The residual stream at the last prompt token, (L, B, d), out of that at all kept positions,
-    L × (N, d).
+    The hidden states at the positions `keep` (B, T) of Eq. 8, (N, d), and the residual stream of
+    every layer at the last prompt token of Eq. 7, (L, B, d). An answer that is longer than k has
+    that token before the positions of Eq. 8.
     """
     place = torch.arange(keep.shape[1], device=keep.device)                             # (T)
-    wanted = place == last[:, None]                                                     # (B, T)
-    rows = wanted[keep].nonzero().squeeze(1)                                            # (B) of N
-    return torch.stack([x[rows] for x in streams])
+    at_last = place == last[:, None]                                                    # (B, T)
+    asked, streams = keep | at_last, []
+    hidden = net.hidden(ids, weights, tau, keep=asked, streams=streams)                 # (M, d)
+    rows = at_last[asked].nonzero().squeeze(1)                                          # (B) of M
+    return hidden[keep[asked]], torch.stack([x[rows] for x in streams])
 
 
 def channels(carrier, objective, seed=0):
@@ -263,11 +268,9 @@ def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=N
     """
     ids, keep, last = targets.ids[rows], targets.keep[rows], targets.last[rows]
     T = int(last.max()) + 1 if o.positions == "prompt" else int(keep.sum(0).nonzero().max()) + 1
-    ids, keep, streams = ids[:, :T], keep[:, :T], []
-    hidden = net.hidden(ids, weights, tau, keep=keep, streams=streams)                  # (N, d)
+    hidden, stream = states_at(net, weights, tau, ids[:, :T], keep[:, :T], last)
     mse = hidden.new_zeros(())
     if mask.any():
-        stream = at_prompt(streams, keep, last)                                         # (L, B, d)
         aim = targets.stream if o.match == "mean" else targets.stream[:, rows]
         mse = matching_loss(stream, aim, mask, o.match, variance)
     kl = output_loss(net, hidden, targets.hidden_of(rows), keep.sum(1))

@@ -46,7 +46,7 @@ CONFIG = {
     "loss": ("response", "all"), **{f"n_{name}": COUNT for name in SIZES},
 }
 # settings that may change between training and use: where things lie, and how they are computed
-FREE = ("model", "data", "sft", "out", "resume", "go_on", "device", "versions")
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -232,11 +232,11 @@ def markdown(header, rows):
 
 # ---- the pieces of a run
 
-def locate(name):
+def locate(name, weights=True):
     """
     The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
-    fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is neither, or the
-    download fails.
+    fetched from the Hugging Face hub, PATTERNS only; without its `weights` where they are not
+    needed. Raises InputError where it is neither, or the download fails.
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
@@ -245,6 +245,8 @@ def locate(name):
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
         raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+    if not weights:
+        return download(name, [p for p in PATTERNS if "safetensors" not in p])
     folder = download(name, PATTERNS)
     if not any(folder.glob("*.safetensors")):
         download(name, OLDER)
@@ -285,15 +287,15 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
+def prepare(name, task, path, seed, sizes, tests=None, pattern=None, weights=True):
     """
     (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
     the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
     beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
-    the answers of samples that have no pattern. Raises InputError where something is missing or
-    the architecture is none that runs here.
+    the answers of samples that have no pattern. weights: fetch them, too, where the model is on the
+    hub. Raises InputError where something is missing or the architecture is none that runs here.
     """
-    folder = locate(name)
+    folder = locate(name, weights)
     sources = [source_of(folder, task, path)]
     model.configuration(folder)  # before the tokenizer, which would blame itself
     chat = Chat(folder)

@@ -17,6 +17,7 @@ FLOORS = [
     {"lora"},
     {"run"},
     {"settings"},
+    {"plan"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},
