@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from files import InputError, check_fields, check_finite, read_json
+from files import InputError, check_fields, check_finite
 
 FAMILIES = {  # model_type → (q/k/v bias, o bias, q/k norm); None: the config's attention_bias says
     "llama": (None, None, False), "mistral": (False, False, False), "qwen2": (True, False, False), "qwen3": (None, None, True)}
@@ -461,18 +461,16 @@ class Llama(nn.Module):
 # ------------------------------------------------------------------------------------------------------------- loading
 
 def configuration(folder):
-    """The Config of a checkpoint's folder. Raises InputError naming the field that does not run here."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: no config.json in there; give the directory of a Hugging Face checkpoint")
-    return Config.from_dict(read_json(file), file)
+    """The Config of a checkpoint (weights.py). Raises InputError naming the field that does not run here."""
+    found = weights.described(folder, "config.json")
+    return Config.from_dict(found, Path(folder) / "config.json" if Path(folder).is_dir() else folder)
 
 
 def load(path, device="cpu", dtype=torch.float32):
-    """The model in a Hugging Face directory (config.json and its weights, see weights.py), weights frozen. dtype None: the fastest here.
+    """The model in a Hugging Face directory or a GGUF file (see weights.py), weights frozen. dtype None: the fastest here.
     Raises InputError naming the field or tensor where the checkpoint is not exactly what this file computes."""
     path = Path(path)
-    config, c = configuration(path), read_json(path / "config.json")
+    config, c = configuration(path), weights.described(path, "config.json")
     dtype = dtype or fast_dtype(config, device)
     with torch.device("meta"):
         net = Llama(config)
@@ -498,7 +496,7 @@ def load(path, device="cpu", dtype=torch.float32):
         raise InputError(f"{path}: tensor lm_head.weight is not the embedding although config.json says tie_word_embeddings; correct one of the two")
     net.load_state_dict(tensors, assign=True)
     net.requires_grad_(False).eval()
-    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
+    generation = weights.described(path, "generation_config.json")
     for eos in (c.get("eos_token_id"), generation.get("eos_token_id")):
         net.stop |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
     return net

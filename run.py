@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import ggufs
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
@@ -233,17 +234,18 @@ def markdown(header, rows):
 
 def locate(name):
     """
-    The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
-    fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is neither, or the
-    download fails.
+    The folder of a model: "tiny" is the embedded one, a local folder or GGUF file is itself, and
+    `owner/name` is fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is
+    neither, or the download fails.
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or ggufs.is_gguf(path):
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
-        raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+        raise InputError(f"{name} is neither a folder, nor a {ggufs.SUFFIX} file, nor a hub id of the form "
+                         "owner/name")
     folder = download(name, PATTERNS)
     if not any(folder.glob("*.safetensors")):
         download(name, OLDER)

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"weights", "spm", "patterns"},
+    {"spm", "patterns"},
+    {"ggufs"},
+    {"weights"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
