@@ -5,8 +5,9 @@ the files of weights would hold, out of the one file.
     header    named fields (numbers, texts, lists), then name, shape, type and place of every tensor
     weights   as they are, or in blocks of a few bits a number, which the `gguf` package multiplies out
 
-Its converter turns Llama's query and key rows round, and writes Llama 3's scaling of rotary frequencies
-as a tensor; both are undone here.
+llama.cpp's converter turns Llama's query and key rows round, and writes Llama 3's scaling of rotary
+frequencies as a tensor; both are undone here. Ids follow `tokenizer.ggml.pre`, as llama.cpp's do; the
+transformers library takes GPT-2's cut for every Llama.
 """
 import functools
 import importlib.util
@@ -20,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import spm
-from files import InputError
+from files import InputError, check_fields
 
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)                # of the format; 1 was in use for some weeks
@@ -38,6 +39,16 @@ LAYER_TENSORS = {
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}
+# types and ranges of the fields behind the architecture's name
+SIZE, MAYBE = ((int,), 1, 1 << 20), ((int, None), 1, 1 << 20)
+FIELDS = {
+    "block_count": ((int,), 1, 1 << 12), "embedding_length": SIZE, "feed_forward_length": SIZE,
+    "context_length": ((int, None), 1, 1 << 40), "attention.sliding_window": ((int, None), 0, 1 << 40),
+    "attention.head_count": SIZE, "attention.head_count_kv": MAYBE,
+    "attention.key_length": MAYBE, "attention.value_length": MAYBE, "rope.dimension_count": MAYBE,
+    "attention.layer_norm_rms_epsilon": ((float,), 0, 1), "rope.freq_base": ((float, None), 1, 1e30),
+    "rope.scaling.type": ((str, None), None, None),
 }
 ROPE_FACTORS = "rope_freqs.weight"   # by which rotary frequencies are divided, one a pair of channels
 # fields, behind the architecture's name, with which a model computes something else than its family does
@@ -267,7 +278,7 @@ def tensors(path):
             continue
         t, part = found.tensor(name), name.split(".")[-2:][0]
         if part in heads and found.architecture in CONVERTED:
-            if type(heads[part]) is not int or heads[part] < 1 or len(t) % (2 * heads[part]):
+            if len(t) % (2 * heads[part]):
                 raise InputError(f"{found.path}: tensor {name} of shape {tuple(t.shape)} is not "
                                  f"{heads[part]} heads of pairs of channels; download the file again")
             t = rows_back(t, heads[part])
@@ -278,15 +289,15 @@ def tensors(path):
 
 def config(found):
     """What config.json would say. Raises InputError for what no checkpoint's family computes."""
+    own = {name: found.field(name) for name in FIELDS}
+    check_fields(f"{found.path}: {found.architecture}", own, FIELDS)
     for name in UNLIKE:
         if found.field(name) not in (None, 0, 1):
             shown = repr(found.field(name))[:60]
             raise InputError(f"{found.path}: {found.architecture}.{name} = {shown} is not implemented; give "
                              "another model")
     names, heads, width = found.places, found.field("attention.head_count"), found.field("embedding_length")
-    head_dim = found.field("attention.key_length", found.field("rope.dimension_count"))
-    if head_dim is None and type(heads) is int and type(width) is int and heads > 0:
-        head_dim = width // heads
+    head_dim = found.field("attention.key_length", width // heads)
     context, window = found.field("context_length"), found.field("attention.sliding_window")
     if window and context and window < context:
         raise InputError(f"{found.path}: {found.architecture}.attention.sliding_window = {window!r} is in "
