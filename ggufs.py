@@ -209,9 +209,9 @@ class Gguf:
                              "package does not know; upgrade it, or use another file") from None
         row = shape[-1] if shape else 1
         total = math.prod(shape) // block * size
-        if row % block or start + total > len(self.data):
-            raise InputError(f"{self.path}: tensor {name} of shape {shape} reaches beyond the file, or is "
-                             "no whole number of blocks; download the file again")
+        if not total or row % block or start + total > len(self.data):
+            raise InputError(f"{self.path}: tensor {name} of shape {shape} is empty, reaches beyond the "
+                             "file, or is no whole number of blocks; download the file again")
         raw = np.frombuffer(self.data, np.uint8, total, start).copy()
         if kind.name in PLAIN:
             return torch.from_numpy(raw).view(PLAIN[kind.name]).reshape(shape)

@@ -428,6 +428,8 @@ def test_damage_is_an_input_error(tmp_path):
         at = rng.randrange(header)
         piece[at:at + 1] = bytes([rng.randrange(256)])
         damaged.append(bytes(piece))
+    at = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4
+    damaged.append(whole[:at] + struct.pack("<Q", 0) + whole[at + 8:])                   # a width of 0
     for value in (2 ** 62, 2 ** 64 - 1, 10 ** 6):
         for name in (b"tokenizer.ggml.tokens", b"general.architecture", b"tokenizer.ggml.merges"):
             at = whole.index(name) + len(name) + (8 if name.startswith(b"tok") else 4)
