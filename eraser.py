@@ -24,7 +24,9 @@ import torch.nn.functional as F
 
 import behaviour
 import carrier as carriers
+import machine
 import model
+import packed
 from chat import collate
 from files import Failed, InputError, append_jsonl, check_finite, load_tensors, read_header, save_tensors, size, take_back, write_json
 from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
@@ -272,7 +274,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
 
 def made_for(run, net):
     """{base, carrier}: hashes of the base and of the run's carrier file, which a trigger belongs to."""
-    return {"base": carriers.fingerprint(net), "carrier": carriers.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
+    return {"base": packed.fingerprint(net), "carrier": packed.read_packed(Path(run) / "carrier.safetensors")[1]["content"]}
 
 
 def load(path, net):
@@ -316,7 +318,7 @@ def erase(o, argv, run, config, chat, splits):
     """Learn the trigger into the run directory, and see whether it moves the behaviour."""
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     lcdd, belongs_to = carriers.load(run / "carrier.safetensors", net), made_for(run, net)
     weights = {"lcdd": lcdd, "sft": carriers.load(run / "sft.safetensors", net), "base": None}[o.target]
     weights = weights and weights.merge(net)

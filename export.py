@@ -25,6 +25,7 @@ import eraser
 import ggufs
 import lora
 import model
+import packed
 import weights
 from files import InputError, read_json, replacing, write_json
 from run import EMBEDDED, Once, cli, locate
@@ -233,7 +234,7 @@ def main(argv=None):
     tau = trigger_of(run, o.trigger, o.which, net) if "prompt" in o.kinds else None
     table = run / "results.md"
     results = table.read_text(encoding="utf-8") if table.is_file() else ""
-    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, carriers.fingerprint(net)
+    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, packed.fingerprint(net)
     print(f"{o.which} of {run}: gates off {stats['sparsity']:.3f}, "
           f"entries of Δ off {stats['entries_off']:.3f}")
 

@@ -29,7 +29,9 @@ import behaviour
 import carrier as carriers
 import data
 import lora
+import machine
 import model
+import packed
 from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import (Failed, InputError, append_jsonl, fingerprint, load_tensors, read_header,
@@ -722,7 +724,7 @@ def main(argv=None):
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
@@ -733,7 +735,7 @@ def main(argv=None):
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
     run = open_run(o.out, name, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
-        "data_fingerprint": fingerprint(*sources), "base_fingerprint": carriers.fingerprint(net),
+        "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
@@ -764,7 +766,7 @@ def train(o, net, chat, splits, examples, run, tuned):
     forget(state, carrier_file, ["lcdd", "settle"])
     if sft_file.is_file() and carrier_file.is_file() and "rates" in results:
         for file in (sft_file, carrier_file):
-            carriers.read_packed(file)
+            packed.read_packed(file)
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
@@ -815,7 +817,7 @@ def report(o, net, chat, samples, run, results, conditions):
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
     names = ("stopped", "rates", "accuracy", "prompts")
     metrics = {k: results[k] for k in names if k in results}
-    carriers.annotate(run / "carrier.safetensors", metrics=metrics)
+    packed.annotate(run / "carrier.safetensors", metrics=metrics)
     write_json(run / "results.json", results)
     text, dice = results_table(o, scores, results), results["dice"]
     write_text(run / "results.md", text + "\n")

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import ggufs
+import machine
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
@@ -329,7 +330,7 @@ def load_model(chat, device, dtype):
     """The base model beside a chat, on `device`, in the dtype of that name, ready to generate."""
     net = model.load(chat.folder, device, getattr(torch, dtype))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net
 
 

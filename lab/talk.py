@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import evaluate
+import machine
 import model
 from files import InputError
 from lab import page
@@ -146,7 +147,7 @@ def main(argv=None):
         raise InputError(f"--max-new-tokens {length}: has to be at least 1")
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
-    model.set_threads(net, rows=1)
+    machine.set_threads(net, rows=1)
     conditions = evaluate.conditions_of(Path(o.run), net, o.trigger)[1]
     title = f"{chat.folder.name}, task {Path(config['task']).name}"
     if o.browser is not None:

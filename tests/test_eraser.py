@@ -12,6 +12,7 @@ import carrier as carriers
 import eraser
 import evaluate
 import model
+import packed
 from files import Failed, InputError, load_tensors, read_json, save_tensors
 from run import reopen
 
@@ -277,7 +278,7 @@ def test_a_trigger_says_what_it_was_learned_on(run):
         eraser.main(["--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device", "cpu"])
     header = load_tensors(run / "said.safetensors")[1]
     net = model.load(ROOT / "tiny")
-    assert header["base"] == carriers.fingerprint(net)
+    assert header["base"] == packed.fingerprint(net)
     assert header["carrier"] == load_tensors(run / "carrier.safetensors")[1]["content"]
 
 

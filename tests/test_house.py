@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"spm", "patterns"},
+    {"spm", "patterns", "packed", "config", "machine", "rows"},
     {"ggufs"},
     {"weights"},
     {"chat", "behaviour", "model"},
