@@ -18,7 +18,7 @@ import weights
 from config import Config
 from files import InputError, check_finite
 from machine import fast_dtype
-from rows import Cache, Rows
+from rows import Cache, Rows, each
 
 COMPACT = 0.75   # of a batch's rows still going: finished ones leave it
 
@@ -155,7 +155,7 @@ class Llama(nn.Module):
                              f"{len(ids)} rows")
         rows = Rows(self, ids, keep, trigger, scale, cache, lengths)
         linear = self.plain if carrier is None else carrier.bind(self, rows.scale)
-        x = self.embed(rows.ids, trigger)                               # (N, d)
+        x = self.embed(rows.ids, rows.soft)                             # (N, d)
         for l, layer in enumerate(self.model.layers):
             if self.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(layer, l, x, linear, rows, use_reentrant=False)
@@ -171,7 +171,8 @@ class Llama(nn.Module):
         Logits (B, T, V) of B right-padded rows of token ids (B, T), a tensor or a list of lists.
 
         carrier  a Carrier or a Merged; None is the base
-        trigger  τ (n, d), put before every row; nothing is returned for its own positions
+        trigger  τ (n, d), put before every row; or a list of one for each row, of any lengths, None
+                 where a row has none. Nothing is returned for its own positions
         scale    (B,) factors on the carrier's delta, row by row; None is 1
         keep     (B, T) bool: logits (M, V) at these M positions only, and nothing after a row's
                  last one is computed
@@ -188,9 +189,9 @@ class Llama(nn.Module):
         Greedy answers to `prompts` (lists of ids, any lengths): new ids only, the stop token
         included. Prompts are decoded in batches of similar length.
 
-        scale: one factor a prompt. stop: ids that end an answer, by default the checkpoint's own.
-        progress: called each token with the number finished. heard: called with (which prompt, id)
-        as soon as there is a new id.
+        trigger: one for all prompts, or a list of one or None for each. scale: one factor a prompt.
+        stop: ids that end an answer, by default the checkpoint's own. progress: called each token
+        with the number finished. heard: called with (which prompt, id) as soon as there is a new id.
         """
         stop = self.stop if stop is None else stop
         if not all(len(prompt) for prompt in prompts):
@@ -199,14 +200,16 @@ class Llama(nn.Module):
             carrier = carrier.merge(self)        # W once, instead of a product with Δ every token
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float32)
+        triggers = each(trigger, len(prompts))
         answers = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             some = [prompts[i] for i in batch]
             factors = None if scale is None else scale[batch].to(self.device)
+            before = [triggers[i] for i in batch]
             finished = start
-            for new in self.decode(some, max_new_tokens, carrier, trigger, factors, stop):
+            for new in self.decode(some, max_new_tokens, carrier, before, factors, stop):
                 for row, token in new:
                     answers[batch[row]].append(token)
                     finished += token in stop
@@ -216,16 +219,16 @@ class Llama(nn.Module):
                     progress(finished)
         return answers
 
-    def decode(self, prompts, max_new_tokens, carrier, trigger, scale, stop):
+    def decode(self, prompts, max_new_tokens, carrier, triggers, scale, stop):
         """
         Decode one batch: yields, a token at a time, [(which prompt, its new id), …] of those that
         are not finished. Finished rows leave the batch once enough of them are.
         """
         ids, lengths = pad(prompts, self.device)                        # (B, T), (B)
-        n = 0 if trigger is None else len(trigger)
+        n = max(0 if tau is None else len(tau) for tau in triggers)
         cache = Cache(self, len(ids), n + ids.shape[1] + max_new_tokens)
         last = torch.arange(ids.shape[1], device=self.device) == lengths[:, None] - 1   # (B, T)
-        logits = self(ids, carrier, trigger, scale, last, cache, lengths)               # (B, V)
+        logits = self(ids, carrier, triggers, scale, last, cache, lengths)              # (B, V)
         alive = list(range(len(prompts)))        # alive[b] is the prompt in row b of the cache
         finished = set()
         for step in range(max_new_tokens):
