@@ -34,8 +34,9 @@ import data
 import evaluate
 import machine
 import model
+import weights
 from chat import Chat, collate
-from files import InputError, read_json, write_json, write_text
+from files import InputError, write_json, write_text
 from rows import Cache
 from run import (check_device, check_numbers, cli, load_model, locate, markdown, read_results,
                  reopen, ticker)
@@ -325,7 +326,7 @@ def answer_choices(net, chat, questions, carrier, trigger, label):
     [(right, right by length)] for every question: is the continuation with the highest
     log-likelihood the right one, and with the highest per character?
     """
-    longest = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    longest = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     pairs = []
     for q in questions:
         pairs += [pair_ids(chat, q.context, f" {choice}", longest) for choice in q.choices]
@@ -460,7 +461,7 @@ def ask_judge(what, folder, device, rows):
     net = model.load(folder, device, None)
     net.stop = chat.stop
     machine.set_threads(net)
-    limit = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    limit = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     longest = limit - VERDICT_TOKENS[what]
     prompts = [verdict_prompt(what, chat, r["prompt"], r["answer"], longest) for r in rows]
     replies = net.generate(prompts, VERDICT_TOKENS[what], batch_size=8,
