@@ -14,8 +14,10 @@ import torch
 from jinja2 import TemplateError, ext, nodes, sandbox
 from tokenizers import Tokenizer
 
+import ggufs
 import spm
-from files import InputError, fingerprint, read_json
+import weights
+from files import InputError, fingerprint
 
 VICUNA = (  # v1.1, for checkpoints that have no template
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
@@ -62,10 +64,6 @@ def compile_template(text):
 
 # ---- the chat
 
-def read_optional(path):
-    return read_json(path) if path.exists() else {}
-
-
 def as_list(ids):
     """Token ids of a configuration: one, several or none, as a list."""
     if ids is None:
@@ -75,7 +73,7 @@ def as_list(ids):
 
 class Chat:
     """
-    Tokenizer and chat template of a model folder; the only place where text becomes ids.
+    Tokenizer and chat template of a model folder or GGUF file; the only place where text becomes ids.
 
     eos_id       ends a response
     pad_id       fills a batch (eos_id where the tokenizer has none)
@@ -93,10 +91,12 @@ class Chat:
         self.path = self.folder / "tokenizer.json"
         if not self.path.exists() and (self.folder / "tokenizer.model").exists():
             self.path = self.folder / "tokenizer.model"
-        config = read_json(self.folder / "config.json")
-        settings = read_optional(self.folder / "tokenizer_config.json")
-        generation = read_optional(self.folder / "generation_config.json")
-        special = read_optional(self.folder / "special_tokens_map.json")
+        if ggufs.is_gguf(self.folder):
+            self.path = self.folder
+        config = weights.described(folder, "config.json")
+        settings = weights.described(folder, "tokenizer_config.json")
+        generation = weights.described(folder, "generation_config.json")
+        special = weights.described(folder, "special_tokens_map.json")
         self.vocab_size = config.get("vocab_size")
         self.tok = self.load_tokenizer()
         self.special = self.special_tokens({**special, **settings}, config, settings)
@@ -118,6 +118,8 @@ class Chat:
         try:
             if self.path.suffix == ".model":
                 tok = spm.tokenizer(self.path)
+            elif self.path.suffix == ggufs.SUFFIX:
+                tok = ggufs.tokenizer(self.path)
             else:
                 tok = Tokenizer.from_file(str(self.path))
         except InputError:
@@ -178,7 +180,11 @@ class Chat:
     def fingerprint(self):
         """A short hash of what makes ids out of text: tokenizer, template, special tokens."""
         rest = json.dumps([self.template_text, self.special], sort_keys=True)
-        return fingerprint(self.path) + hashlib.sha256(rest.encode()).hexdigest()[:16]
+        if self.path == self.folder:  # a GGUF file has the weights in it
+            tokenizer = hashlib.sha256(self.tok.to_str().encode()).hexdigest()[:16]
+        else:
+            tokenizer = fingerprint(self.path)
+        return tokenizer + hashlib.sha256(rest.encode()).hexdigest()[:16]
 
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""

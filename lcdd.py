@@ -30,7 +30,9 @@ import behaviour
 import carrier as carriers
 import data
 import lora
+import machine
 import model
+import packed
 import plan
 from carrier import Carrier, OneStep, penalty
 from chat import collate
@@ -756,14 +758,14 @@ def main(argv=None):
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
     run = open_run(o.out, name, o.resume, {
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
-        "data_fingerprint": fingerprint(*sources), "base_fingerprint": carriers.fingerprint(net),
+        "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
@@ -794,7 +796,7 @@ def train(o, net, chat, splits, examples, run, tuned):
     forget(state, carrier_file, ["lcdd", "settle"])
     if sft_file.is_file() and carrier_file.is_file() and "rates" in results:
         for file in (sft_file, carrier_file):
-            carriers.read_packed(file)
+            packed.read_packed(file)
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
@@ -845,7 +847,7 @@ def report(o, net, chat, samples, run, results, conditions):
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
     names = ("stopped", "rates", "accuracy", "prompts")
     metrics = {k: results[k] for k in names if k in results}
-    carriers.annotate(run / "carrier.safetensors", metrics=metrics)
+    packed.annotate(run / "carrier.safetensors", metrics=metrics)
     write_json(run / "results.json", results)
     text, dice = results_table(o, scores, results), results["dice"]
     write_text(run / "results.md", text + "\n")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import machine
 import model
 from carrier import PROJECTIONS, Carrier
 from chat import collate
@@ -102,7 +103,7 @@ def measure(config, step, examples, o):
     the next token of ANSWERED answers ("token").
     """
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
-    if device.type == "cpu" and config.hidden_size < model.WIDE:
+    if device.type == "cpu" and config.hidden_size < machine.WIDE:
         torch.set_num_threads(1)                            # as a run does
     small = narrowed(config)
     net = model.Llama(small).to(device, dtype).requires_grad_(False)
@@ -195,7 +196,7 @@ def seconds_of(work, device):
 def show(o, chat, splits, examples):
     """Print the plan of a run as a table. `examples`: the training samples, [(ids, mask of the loss)]."""
     config = model.configuration(chat.folder)
-    o.dtype = o.dtype or str(model.fast_dtype(config, o.device)).removeprefix("torch.")
+    o.dtype = o.dtype or str(machine.fast_dtype(config, o.device)).removeprefix("torch.")
     fit(o, config.hidden_size, len(examples))
     step = step_of(examples, o.batch, o.micro_batch)
     seconds = measure(config, step, examples, o)

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import ggufs
+import machine
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
@@ -233,17 +235,18 @@ def markdown(header, rows):
 
 def locate(name, weights=True):
     """
-    The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
-    fetched from the Hugging Face hub, PATTERNS only; without its `weights` where they are not
-    needed. Raises InputError where it is neither, or the download fails.
+    The folder of a model: "tiny" is the embedded one, a local folder or GGUF file is itself, and
+    `owner/name` is fetched from the Hugging Face hub, PATTERNS only; without its `weights` where
+    they are not needed. Raises InputError where it is neither, or the download fails.
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or ggufs.is_gguf(path):
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
-        raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+        raise InputError(f"{name} is neither a folder, nor a {ggufs.SUFFIX} file, nor a hub id of "
+                         "the form owner/name")
     if not weights:
         return download(name, [p for p in PATTERNS if "safetensors" not in p])
     folder = download(name, PATTERNS)
@@ -329,7 +332,7 @@ def load_model(chat, device, dtype):
     """The base model beside a chat, on `device`, in the dtype of that name, ready to generate."""
     net = model.load(chat.folder, device, getattr(torch, dtype))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net
 
 

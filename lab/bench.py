@@ -38,7 +38,7 @@ import evaluate
 import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
-from model import Config
+from config import Config
 from run import EMBEDDED, check_device, check_numbers, cli, duration, locate, markdown, prepare
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open

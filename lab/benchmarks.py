@@ -29,10 +29,13 @@ import torch
 import behaviour
 import data
 import evaluate
+import machine
 import model
+import weights
 from chat import Chat, collate
-from files import InputError, read_json, write_json, write_text
+from files import InputError, write_json, write_text
 from lab.judges import SUMMARY, ask_judge, share, standard_behaviors
+from rows import Cache
 from run import (check_device, check_numbers, cli, load_model, locate, markdown, read_results,
                  reopen, ticker)
 
@@ -71,13 +74,13 @@ def states_of(net, contexts, continuations, owner, carrier, trigger):
     of the C contexts, then those at the tokens of each continuation but its last. Continuation r
     follows context owner[r].
 
-    Every context is computed once, and what they all begin with is, too (see model.Rows).
+    Every context is computed once, and what they all begin with is, too (see rows.Rows).
     """
     ids, last = collate([(c, [False] * (len(c) - 1) + [True]) for c in contexts], 0)
     lengths = torch.tensor([len(c) for c in contexts], device=net.device)
     longest = max(len(c) for c in continuations)
     n = 0 if trigger is None else len(trigger)
-    cache = model.Cache(net, len(contexts), n + ids.shape[1] + longest)
+    cache = Cache(net, len(contexts), n + ids.shape[1] + longest)
     at_end = net.hidden(ids.to(net.device), carrier, trigger, keep=last.to(net.device),
                         cache=cache, lengths=lengths)                                              # (C, d)
     more = [r for r, c in enumerate(continuations) if len(c) > 1]
@@ -243,7 +246,7 @@ def answer_choices(net, chat, questions, carrier, trigger, label):
     [(right, right by length)] for every question: is the continuation with the highest
     log-likelihood the right one, and with the highest per character?
     """
-    longest = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    longest = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     pairs = []
     for q in questions:
         pairs += [pair_ids(chat, q.context, f" {choice}", longest) for choice in q.choices]
@@ -404,7 +407,7 @@ def open_model(o):
     chat = Chat(locate(o.model))
     net = model.load(chat.folder, o.device, None)
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net, chat, choose({"base": (None, None)}, o.conditions), {}, {}
 
 

@@ -10,9 +10,10 @@ import statistics
 from pathlib import Path
 
 import data
+import machine
 import model
+import weights
 from chat import Chat
-from files import read_json
 from run import ticker
 
 CLIP = 512  # tokens of an answer that HarmBench's classifier reads
@@ -203,8 +204,8 @@ def ask_judge(what, folder, device, rows):
     chat = Chat(folder)
     net = model.load(folder, device, None)
     net.stop = chat.stop
-    model.set_threads(net)
-    limit = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    machine.set_threads(net)
+    limit = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     longest = limit - VERDICT_TOKENS[what]
     prompts = [verdict_prompt(what, chat, r["prompt"], r["answer"], longest) for r in rows]
     replies = net.generate(prompts, VERDICT_TOKENS[what], batch_size=8,

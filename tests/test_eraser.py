@@ -12,6 +12,7 @@ import carrier as carriers
 import eraser
 import evaluate
 import model
+import packed
 from files import Failed, InputError, load_tensors, read_json, save_tensors
 from run import reopen
 
@@ -20,7 +21,7 @@ from run import reopen
 def settings(**changes):
     return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
                                         match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit",
-                                        schedule="cosine"), **changes})
+                                        schedule="cosine", init="random"), **changes})
 
 
 def brute_force(net, weights, tau, texts, rows, mask, o):
@@ -286,7 +287,7 @@ def test_a_trigger_says_what_it_was_learned_on(run):
         eraser.main(["--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device", "cpu"])
     header = load_tensors(run / "said.safetensors")[1]
     net = model.load(ROOT / "tiny")
-    assert header["base"] == carriers.fingerprint(net)
+    assert header["base"] == packed.fingerprint(net)
     assert header["carrier"] == load_tensors(run / "carrier.safetensors")[1]["content"]
 
 
@@ -405,3 +406,13 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     monkeypatch.setattr("sys.argv", ["eraser.py", "--run", str(run), "--target", target, "--objective", objective, "--device", "cpu"])
     with pytest.raises(Seen):
         eraser.main()
+
+
+def test_a_trigger_may_start_from_what_every_prompt_begins_with():
+    net = make_net()
+    targets = eraser.base_targets(net, [[5, 6, 7, 8], [5, 6, 9]], k=2)
+    random_tau = eraser.first_tokens(net.embedding, targets, settings(length=3))
+    tau = eraser.first_tokens(net.embedding, targets, settings(length=3, init="prompt"))
+    assert torch.equal(tau[:2], net.embedding[[5, 6]])
+    assert torch.equal(tau[2], random_tau[2])                    # beyond what they share: drawn
+    assert not torch.equal(tau[:2], random_tau[:2])

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files"},
-    {"weights", "spm", "patterns"},
+    {"spm", "patterns", "packed", "config", "machine", "rows"},
+    {"ggufs"},
+    {"weights"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
