@@ -153,7 +153,7 @@ class Targets:
 
 
 @torch.no_grad()
-def base_targets(net, prompts, k=8, positions="response", batch_size=64):
+def base_targets(net, prompts, k=8, positions="response", batch_size=64, progress=None):
     """
     Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
 
@@ -164,7 +164,8 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     answers = [[] for _ in prompts]
     if positions != "prompt":
         length = k if positions == "response" else ANSWER
-        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size)
+        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size,
+                               progress=progress)
     rows = []
     for prompt, answer in zip(prompts, answers):
         text = prompt + answer[:-1]                             # the last token only gets predicted
@@ -497,7 +498,8 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
     targets = {}
     for split in ("trigger", "validation"):
         ids = [chat.prompt(s.prompt, config["max_len"]) for s in splits[split]]
-        targets[split] = base_targets(net, ids, o.k, o.positions)
+        tell = ticker(f"the base's answers to {split} prompts", len(ids))
+        targets[split] = base_targets(net, ids, o.k, o.positions, progress=tell)
     train, judge = targets["trigger"], targets["validation"]
     chat.say_cut("prompts", config["max_len"])
     mask = channels(lcdd, o.objective, o.seed)

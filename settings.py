@@ -28,7 +28,7 @@ PAPER = dict(
     n_train=5000, n_trigger=200, max_len=512, max_new_tokens=128,
     loss="all", batch=32, micro_batch=8, clip=1.0,
     sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, sure=0.0, settle=0,
-    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False,
+    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, pace=0.0,
     floor=0.0, lambda_min=1e-6, lambda_max=10.0, violation_clip=0.0,
     log_every=10, window=20, patience=3, stall=0.01, over=0.35)
 # "For Qwen and Vicuna safety and Shakespeare runs" is read as: Qwen's and Vicuna's safety runs, and
@@ -167,6 +167,9 @@ def parser(description=None):
       "start (1.0; 0: the gradient as it is, the paper)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
+    a("--pace", type=float, default=0.03,
+      help="at most this share of the open gates shuts in a step (0.03; 0: as many as come, "
+      "the paper)")
     a("--rho", type=float, default=0.05,
       help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
     a("--floor", type=float, default=0.03, help="ε is never under this (0.03; the paper: 0)")
