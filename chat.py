@@ -7,14 +7,13 @@ import bisect
 import hashlib
 import json
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError, ext, nodes, sandbox
 from tokenizers import Tokenizer
 
 import spm
+import template
 from files import InputError, fingerprint, read_json
 
 VICUNA = (  # v1.1, for checkpoints that have no template
@@ -23,41 +22,6 @@ VICUNA = (  # v1.1, for checkpoints that have no template
     "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-# ---- the template
-
-class Generation(ext.Extension):
-    """{% generation %}, which marks the assistant's text in some templates: passed through."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.Scope(body)
-
-
-def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As the transformers library has it: jinja's own escapes HTML."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
-def raise_exception(message):
-    raise TemplateError(message)
-
-
-def strftime_now(form):
-    return datetime.now().strftime(form)
-
-
-def compile_template(text):
-    """A chat template, with the extensions, filters and globals that transformers gives it."""
-    env = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return env.from_string(text)
 
 
 # ---- the chat
@@ -89,7 +53,8 @@ class Chat:
     """
 
     def __init__(self, folder):
-        self.folder, self.cut = Path(folder), 0
+        self.folder, self.cut, self.rendered = Path(folder), 0, {}
+        template.CHILD.start()                          # while the tokenizer is read
         self.path = self.folder / "tokenizer.json"
         if not self.path.exists() and (self.folder / "tokenizer.model").exists():
             self.path = self.folder / "tokenizer.model"
@@ -160,24 +125,23 @@ class Chat:
         return found
 
     def load_template(self, settings):
-        """From chat_template.jinja, from tokenizer_config.json, or Vicuna's."""
-        file = self.folder / "chat_template.jinja"
+        """The text from chat_template.jinja, from tokenizer_config.json, or Vicuna's."""
+        file, text = self.folder / "chat_template.jinja", settings.get("chat_template")
         try:
             if file.exists():
                 text = file.read_text(encoding="utf-8")
-            else:
-                text = settings.get("chat_template") or VICUNA
             if isinstance(text, list):  # several, by name
                 text = {t["name"]: t["template"] for t in text}["default"]
-            self.template_text = text
-            return compile_template(text)
-        except (TemplateError, KeyError, UnicodeDecodeError) as e:
+            text = text or VICUNA
+            template.render_all(text, [])
+        except (template.TemplateFails, LookupError, TypeError, UnicodeDecodeError) as e:
             raise InputError(f"{self.folder}: the chat template does not compile ({e}); "
                              "repair it") from None
+        return text
 
     def fingerprint(self):
         """A short hash of what makes ids out of text: tokenizer, template, special tokens."""
-        rest = json.dumps([self.template_text, self.special], sort_keys=True)
+        rest = json.dumps([self.template, self.special], sort_keys=True)
         return fingerprint(self.path) + hashlib.sha256(rest.encode()).hexdigest()[:16]
 
     def ids(self, text):
@@ -209,21 +173,37 @@ class Chat:
                     example = example or text[begin:end]
         return count, total, example
 
+    def expect(self, texts):
+        """Render user's turns together, which is much faster than one by one, for later prompts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rendered]
+        written = self.write([self.variables(text) for text in new])
+        self.rendered.update(zip(new, written))
+
+    def variables(self, text, before=()):
+        """What the template gets for a user's turn after earlier messages."""
+        messages = [*before, {"role": "user", "content": text}]
+        return dict(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+                    enable_thinking=False, **self.special)
+
+    def write(self, many):
+        """What the template writes for each of `many` variables."""
+        try:
+            return template.render_all(self.template, many)
+        except template.TemplateFails as e:
+            several = any(len(values["messages"]) > 1 for values in many)
+            what = "several turns" if several else "a single user turn"
+            raise InputError(f"{self.folder}: the chat template fails on {what} ({e}); "
+                             "repair it") from None
+
     def render(self, text, before=()):
         """
         The user's turn as the template writes it, up to where the answer begins, with thinking
         switched off (an open <think> is closed). before: messages of earlier turns, {"role",
         "content"}. Raises InputError where the template fails.
         """
-        messages = [*before, {"role": "user", "content": text}]
-        try:
-            out = self.template.render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=True, enable_thinking=False, **self.special)
-        except (TemplateError, TypeError, ValueError) as e:
-            what = "several turns" if before else "a single user turn"
-            raise InputError(f"{self.folder}: the chat template fails on {what} ({e}); "
-                             "repair it") from None
+        out = self.rendered.get(text)
+        if before or out is None:
+            out = self.write([self.variables(text, before)])[0]
         if out.rstrip().endswith("<think>"):
             return out.rstrip() + "\n\n</think>\n\n"
         return out

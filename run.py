@@ -307,7 +307,10 @@ def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
         if task_name(task) == "own" and not (s.response or s.pattern):
             raise InputError(f"{tests}: nothing judges the answer to {s.prompt[:60]!r}; give the "
                              "test rows a response or a pattern, or all of them a --pattern")
-    return chat, split(samples, seed, sizes, own_tests), sources
+    parts = split(samples, seed, sizes, own_tests)
+    for part in parts.values():
+        chat.expect(s.prompt for s in part)
+    return chat, parts, sources
 
 
 def source_of(folder, task, path):

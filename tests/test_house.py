@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"files"},
+    {"files", "template"},
     {"weights", "spm", "patterns"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
