@@ -4,6 +4,7 @@ Text ↔ ids: the tokenizer and chat template of a checkpoint, and batches of wh
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 import bisect
+import contextlib
 import hashlib
 import json
 import sys
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 import spm
 import template
-from files import InputError, fingerprint, read_json
+from files import InputError, fingerprint, read_json, read_text, shown
 
 VICUNA = (  # v1.1, for checkpoints that have no template
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
@@ -22,6 +23,9 @@ VICUNA = (  # v1.1, for checkpoints that have no template
     "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+SAVE_ONE = ("save a fast tokenizer.json there, in transformers by "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+OWN = "use the model's own"
 
 
 # ---- the chat
@@ -30,11 +34,18 @@ def read_optional(path):
     return read_json(path) if path.exists() else {}
 
 
-def as_list(ids):
-    """Token ids of a configuration: one, several or none, as a list."""
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
+@contextlib.contextmanager
+def blaming(file, advice):
+    """
+    Within it, whatever the tokenizers library raises is an InputError about the tokenizer's file: it
+    raises nothing finer, and its panics are no Exception.
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise InputError(f"{file}: the tokenizer fails ({e}); {advice}") from None
 
 
 class Chat:
@@ -64,43 +75,46 @@ class Chat:
         special = read_optional(self.folder / "special_tokens_map.json")
         self.vocab_size = config.get("vocab_size")
         self.tok = self.load_tokenizer()
-        self.special = self.special_tokens({**special, **settings}, config, settings)
-        self.eos_id = self.tok.token_to_id(self.special["eos_token"])
-        pad = self.tok.token_to_id(self.special.get("pad_token", ""))
+        with blaming(self.path, OWN):
+            self.special = self.special_tokens({**special, **settings}, config, settings)
+            self.eos_id = self.tok.token_to_id(self.special["eos_token"])
+            pad = self.tok.token_to_id(self.special.get("pad_token", ""))
         self.pad_id = self.eos_id if pad is None else pad
         self.stop = {self.eos_id}
         for source in (config, generation):
-            self.stop.update(as_list(source.get("eos_token_id")))
-        for i in self.stop:
-            if i not in range(self.vocab_size):
-                raise InputError(f"{self.folder}: eos_token_id {i} is outside the vocabulary "
-                                 f"of {self.vocab_size}")
+            self.stop.update(self.token_ids(source, "eos_token_id"))
         self.template = self.load_template(settings)
         self.begin = self.beginning(settings)
 
     def load_tokenizer(self):
         """The tokenizer, checked against the size of the embedding."""
-        try:
+        if not self.path.is_file():
+            raise InputError(f"{self.path} is missing; {SAVE_ONE}")
+        with blaming(self.path, SAVE_ONE):
             if self.path.suffix == ".model":
                 tok = spm.tokenizer(self.path)
             else:
                 tok = Tokenizer.from_file(str(self.path))
-        except InputError:
-            raise
-        except Exception as e:  # the library raises nothing finer
-            raise InputError(
-                f"{self.path} is missing or unreadable ({e}); save a fast tokenizer.json there, in "
-                "transformers by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            ) from None
-        tok.no_truncation()
-        tok.no_padding()
-        vocabulary = tok.get_vocab()
-        token = max(vocabulary, key=vocabulary.get)
-        if not isinstance(self.vocab_size, int) or vocabulary[token] >= self.vocab_size:
+            tok.no_truncation()
+            tok.no_padding()
+            vocabulary = tok.get_vocab()
+            token = max(vocabulary, key=vocabulary.get)
+        if type(self.vocab_size) is not int or vocabulary[token] >= self.vocab_size:
             raise InputError(
                 f"{self.path}: token {token!r} has id {vocabulary[token]}, but vocab_size in "
                 f"config.json is {self.vocab_size}; use the model's own tokenizer")
         return tok
+
+    def token_ids(self, source, name):
+        """Token ids of a configuration: one, several or none, as a list."""
+        ids = source.get(name)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                raise InputError(f"{self.folder}: {name} {shown(i)} is outside the vocabulary of "
+                                 f"{self.vocab_size}; use the model's own config.json and "
+                                 "generation_config.json")
+        return ids
 
     def special_tokens(self, named, config, settings):
         """
@@ -109,13 +123,16 @@ class Chat:
         """
         found = {}
         for name, value in named.items():
-            if name.endswith("_token") and isinstance(value, (str, dict)):
-                found[name] = value["content"] if isinstance(value, dict) else value
+            if name.endswith("_token") and type(value) is not bool and value is not None:
+                found[name] = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(found[name], str):
+                    raise InputError(f"{self.folder}: {name} = {shown(value)} in tokenizer_config.json or "
+                                     "special_tokens_map.json is no token; use the model's own")
         for name in ("bos_token", "eos_token"):
-            ids = as_list(config.get(f"{name}_id"))
             # "bos_token": null says that there is none
-            if ids and (name not in settings or name == "eos_token"):
-                found.setdefault(name, self.tok.id_to_token(ids[0]) or f"of id {ids[0]}")
+            if name not in settings or name == "eos_token":
+                for i in self.token_ids(config, f"{name}_id")[:1]:
+                    found.setdefault(name, self.tok.id_to_token(i) or f"of id {i}")
             token = found.get(name, "")
             known = self.tok.token_to_id(token) is not None
             if not known and (name in found or name == "eos_token"):
@@ -129,12 +146,12 @@ class Chat:
         file, text = self.folder / "chat_template.jinja", settings.get("chat_template")
         try:
             if file.exists():
-                text = file.read_text(encoding="utf-8")
+                text = read_text(file).replace("\r\n", "\n")
             if isinstance(text, list):  # several, by name
                 text = {t["name"]: t["template"] for t in text}["default"]
             text = text or VICUNA
             template.render_all(text, [])
-        except (template.TemplateFails, LookupError, TypeError, UnicodeDecodeError) as e:
+        except (template.TemplateFails, LookupError, TypeError, OSError, UnicodeDecodeError) as e:
             raise InputError(f"{self.folder}: the chat template does not compile ({e}); "
                              "repair it") from None
         return text
@@ -146,12 +163,17 @@ class Chat:
 
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""
-        return self.tok.encode(text, add_special_tokens=False).ids
+        return self.encoded(text).ids
+
+    def encoded(self, text, special=False):
+        """What the tokenizer makes of a text: ids and their places in it."""
+        with blaming(self.path, OWN):
+            return self.tok.encode(text, add_special_tokens=special)
 
     def beginning(self, settings):
         """[BOS id] where the transformers library puts one before every plain text, else []."""
         bos = self.tok.token_to_id(self.special.get("bos_token", ""))
-        own = self.tok.encode("").ids[:1] == [bos] or self.path.suffix == ".model"
+        own = self.encoded("", special=True).ids[:1] == [bos] or self.path.suffix == ".model"
         wanted = settings.get("add_bos_token")
         return [bos] if bos is not None and (own if wanted is None else wanted) else []
 
@@ -162,10 +184,10 @@ class Chat:
     def unknown(self, texts):
         """(unknown tokens, all tokens, the first text that became an unknown token) of texts."""
         settings = json.loads(self.tok.to_str())["model"]
-        unknown_id = self.tok.token_to_id(settings.get("unk_token") or "")
+        unknown_id = self.tok.token_to_id(str(settings.get("unk_token") or ""))
         count, total, example = 0, 0, ""
         for text in texts:
-            encoded = self.tok.encode(text, add_special_tokens=False)
+            encoded = self.encoded(text)
             total += len(encoded.ids)
             for i, (begin, end) in zip(encoded.ids, encoded.offsets):
                 if i == unknown_id:
@@ -256,7 +278,8 @@ class Chat:
 
     def decode(self, ids):
         """Text of ids, special tokens left out."""
-        return self.tok.decode(list(ids), skip_special_tokens=True)
+        with blaming(self.path, OWN):
+            return self.tok.decode(list(ids), skip_special_tokens=True)
 
 
 # ---- batches

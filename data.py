@@ -12,7 +12,7 @@ from pathlib import Path
 
 import patterns
 from behaviour import BEHAVIOURS, judge, task_name
-from files import InputError
+from files import InputError, read_text
 
 TASKS = tuple(BEHAVIOURS)
 SPLITS = ("train", "trigger", "validation", "test")
@@ -84,12 +84,8 @@ def rows(path):
 
 
 def text_rows(path):
-    if path.is_file() and path.stat().st_size > LARGEST:
-        raise InputError(f"{path}: more than {LARGEST >> 20} MB of samples; cut it down")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"cannot read {path}: it is no file; name one of samples")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path, LARGEST)
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
     start = text.lstrip()[:1]
@@ -109,8 +105,10 @@ def parquet_rows(path):
         raise InputError(f"{path} is a Parquet file, which pyarrow reads: pip install pyarrow, "
                          "or save its rows as JSON lines") from None
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         table = parquet.read_table(path)
-    except (OSError, ArrowException) as e:
+    except (OSError, ValueError, ArrowException) as e:
         raise InputError(f"cannot read {path} as a Parquet file ({e})") from None
     return enumerate(table.to_pylist(), 1)
 
