@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import InputError, check_finite, digest, load_tensors, save_tensors
+from files import COUNT, TEXT, InputError, check_fields, check_finite, digest, load_tensors, save_tensors
 
 # Table 5: 8 gate vectors a layer, shared between projections; Δ of each projection has a row gate and a column gate.
 GROUPS = ("attn_read", "attn_q", "attn_k", "attn_v", "attn_write", "ffn_read", "ffn_hidden", "ffn_write")
@@ -36,6 +36,10 @@ PROJECTIONS = {
 }
 DENSE_BELOW = 1 << 13   # a Δ with fewer entries than this is not worth gathering open rows and columns for
 FORMAT = 2              # of the packed carrier file
+SHARE = ((int, float), 0, 1)
+HEADER = {              # of that file
+    "base": TEXT, "content": TEXT, "groups": {group: ((int,), 1, 1 << 24) for group in GROUPS},
+    "gates": {"total": ((int,), 1, 2**53), "open": COUNT}, "sparsity": SHARE, "entries_off": SHARE}
 LANES = 8               # gathered rows and columns are padded to a multiple of this: 16 bytes of bf16, what matrix units want
 
 
@@ -376,6 +380,10 @@ def read_packed(path):
     if header.get("content") != digest(tensors):
         raise InputError(f"{path}: damaged, its tensors are not those that were written; restore it, "
                          "or run the command that writes it again")
+    check_fields(path, header, HEADER)
+    gates, per_layer = tensors.get("gates"), sum(header["groups"].values())
+    if gates is None or gates.dtype != torch.uint8 or gates.shape[1:] != (-(-per_layer // 8),) or not len(gates):
+        raise InputError(f"{path}: its gates are missing or misshapen; run the command that writes it again")
     return tensors, header
 
 
@@ -390,6 +398,8 @@ def load(path, net, dtype=None):
         raise InputError(f"{path}: this carrier was made on another base model; load the one named in "
                          "its config.json")
     stored = [t.dtype for name, t in tensors.items() if name.startswith("delta.")]
+    for odd in (t for t in stored if not t.is_floating_point or t.itemsize < 2):
+        raise InputError(f"{path}: deltas of {odd}, which is no dtype to compute in; restore the file")
     carrier = Carrier(net.config, dtype or (stored or [torch.float32])[0], net.device)
     try:
         gates = unpack_bits(tensors.pop("gates"), carrier.logits.shape[1])

@@ -86,7 +86,7 @@ def rows(path):
 def text_rows(path):
     try:
         text = read_text(path, LARGEST)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
     start = text.lstrip()[:1]
     if not start:

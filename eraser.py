@@ -26,8 +26,10 @@ import behaviour
 import carrier as carriers
 import model
 from chat import collate
-from files import Failed, InputError, append_jsonl, check_finite, load_tensors, read_header, save_tensors, size, take_back, write_json
-from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient, read_results, reopen, ticker
+from files import (
+    COUNT, Failed, InputError, append_jsonl, check_fields, check_finite, check_tensors, load_tensors, read_header, save_tensors, shown,
+    size, take_back, write_json)
+from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, fields_of, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
@@ -39,8 +41,8 @@ TARGETS = ("lcdd", "sft", "base")
 ANSWER = 128            # tokens of the base's own answers that "final" looks at the end of
 
 
-def options(argv=None):
-    """The command line; rates and bounds are measured in the model's own token norms, so that they fit any model."""
+def parser():
+    """All options; rates and bounds are measured in the model's own token norms, so that they fit any model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = p.add_argument
     a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
@@ -68,6 +70,12 @@ def options(argv=None):
     a("--judge-every", type=int, default=20, help="steps between judgements on the validation prompts (20)")
     a("--seed", type=int, default=0, help="seed of the first τ, the batches and the random channels")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    return p
+
+
+def options(argv=None):
+    """The command line."""
+    p = parser()
     first = p.parse_args(argv)
     p.set_defaults(**PRESETS.get(first.preset, {}))
     if first.absolute:
@@ -87,6 +95,15 @@ def options(argv=None):
 def settings_of(o):
     """The options that make a trigger what it is."""
     return {k: v for k, v in vars(o).items() if k not in ("run", "resume", "device")}
+
+
+def check_state(path, numbers, o):
+    """Raises InputError where the header of a saved state is damaged, or was written with other options."""
+    check_fields(path, numbers, {"step": ((int,), 0, o.steps), "lowest": ((int, float), -1e300, math.inf), "settings": {}, "log": COUNT})
+    for name, value in settings_of(o).items():
+        before = numbers["settings"].get(name)
+        if before != value:
+            raise InputError(f"{path}: {name} was {shown(before)}; resume with the same options, or without --resume")
 
 
 # --------------------------------------------------------------------------------------------------- what τ is pulled to
@@ -230,9 +247,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     everything, best, lowest, start = list(range(len(judge.ids))), tau.detach().clone(), math.inf, 0
     if state is not None and state.is_file():
         saved, numbers = load_tensors(state, net.device)
-        old = numbers.get("settings", {})
-        if changed := [k for k, v in settings_of(o).items() if old.get(k) != v]:
-            raise InputError(f"{state}: {changed[0]} was {old.get(changed[0])!r}; resume with the same options, or without --resume")
+        check_state(state, numbers, o)
+        check_tensors(state, saved, dict.fromkeys(("tau", "best", "exp_avg", "exp_avg_sq"), tau))
         tau.data.copy_(saved["tau"])
         best, lowest, start = saved["best"], numbers["lowest"], numbers["step"]
         optimizer.state[tau] = {"step": torch.tensor(float(start)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]}
@@ -281,9 +297,11 @@ def load(path, net):
     or was learned on another base or another carrier than the one beside it.
     """
     tensors, settings = load_tensors(path, net.device)
-    if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) or tensors["trigger"].shape[1] != net.config.hidden_size:
+    if "trigger" not in tensors or tensors["trigger"].ndim != 2 or not len(tensors["trigger"]) \
+            or not tensors["trigger"].is_floating_point() or tensors["trigger"].shape[1] != net.config.hidden_size:
         raise InputError(f"{path}: holds no trigger of width {net.config.hidden_size}; learn one with eraser.py")
     check_finite(path, tensors)
+    check_fields(path, settings, fields_of(parser()) | {"target": ((str, None), None, None)})
     if settings.get("target", "lcdd") not in TARGETS:
         raise InputError(f"{path}: made for {settings['target']!r}, which is no model of a run; learn it again with eraser.py")
     for what, hash_ in made_for(Path(path).parent, net).items():
@@ -326,7 +344,11 @@ def erase(o, argv, run, config, chat, splits):
         return print(f"{run}/{o.name}.safetensors is finished; without --resume it is learned anew")
     if not o.resume:
         state.unlink(missing_ok=True)
-    take_back(run / "metrics.jsonl", read_header(state).get("log", 0) if state.is_file() else 0, [o.name])
+    before = {"log": 0, "step": 0}
+    if state.is_file():
+        before = read_header(state)
+        check_state(state, before, o)
+    take_back(run / "metrics.jsonl", before["log"], [o.name])
     ids = {k: [chat.prompt(s.prompt, config["max_len"]) for s in splits[k]] for k in ("trigger", "validation")}
     chat.say_cut("prompts", config["max_len"])
     train, judge = (base_targets(net, ids[k], o.k, o.positions) for k in ("trigger", "validation"))
@@ -338,8 +360,7 @@ def erase(o, argv, run, config, chat, splits):
         append_jsonl(run / "metrics.jsonl", {"phase": o.name, "step": t, **values})
         meter.show(t, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
-    done = load_tensors(state)[1]["step"] if state.is_file() else 0
-    meter = Meter(o.name, o.steps, done)
+    meter = Meter(o.name, o.steps, before["step"])
     try:
         with patient() as interrupted:
             tau, loss = learn(net, weights, train, judge, mask, o, state, interrupted, log)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -196,6 +197,12 @@ def fingerprint(*paths):
 
 # ---- fields
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")   # what no file's name and no UTF-8 has
+TEXT = ((str,), None, None)
+NUMBER = ((int, float), -1e300, 1e300)
+COUNT = ((int,), 0, 2**53)
+
+
 def check_fields(where, found, table):
     """
     Raises InputError where a field of an object is not what `table` says.
@@ -207,6 +214,7 @@ def check_fields(where, found, table):
       ("a", "b", …)          one of these texts
       {…}                    an object, with a table of its own
       [what]                 a list, and what each of its values has to be
+      [this, that]           a list of two values, and what they have to be
       (None, what)           nothing, or what
     """
     for name, allowed in table.items():
@@ -230,9 +238,9 @@ def check_value(where, name, value, allowed):
         table = {key: others for key in found} if others else {}
         table |= {f"{name}.{key}": what for key, what in allowed.items() if key != "*"}
         check_fields(where, found, table)
-    elif isinstance(value, list) and isinstance(allowed, list):
+    elif isinstance(value, list) and isinstance(allowed, list) and len(allowed) in (1, len(value)):
         for i, item in enumerate(value):
-            check_value(where, f"{name}[{i}]", item, allowed[0])
+            check_value(where, f"{name}[{i}]", item, allowed[min(i, len(allowed) - 1)])
     else:
         refuse_value(where, name, value)
 
@@ -246,7 +254,7 @@ def check_text(where, name, value, texts):
 def check_plain(where, name, value, types, low, high):
     if value is None and None in types:
         return
-    if type(value) not in types:
+    if type(value) not in types or isinstance(value, str) and NO_TEXT.search(value):
         refuse_value(where, name, value)
     if type(value) in (int, float) and not low <= value <= high:
         raise InputError(f"{where}: {name} = {shown(value)} is not between {low} and {high}; restore "

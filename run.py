@@ -24,8 +24,8 @@ import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
                   task_name)
-from files import (PARTIAL, Failed, InputError, check_fields, fingerprint, read_header, read_json,
-                   write_json)
+from files import (COUNT, NO_TEXT, NUMBER, PARTIAL, TEXT, Failed, InputError, check_fields,
+                   fingerprint, one_line, read_header, read_json, write_json)
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
 # what of a hub repository is fetched
@@ -36,13 +36,19 @@ PATTERNS = (
 )
 OLDER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
 # what config.json of a run directory has to hold: types and range, or the texts to choose from
-COUNT = ((int,), 1, 2**31 - 1)
-TEXT = ((str,), None, None)
+POSITIVE = ((int,), 1, 2**31 - 1)
 CONFIG = {
-    "model": TEXT, "task": TEXT, "data": ((str, None), None, None), "data_fingerprint": TEXT,
-    "seed": ((int,), 0, 2**31 - 1), "max_len": COUNT, "max_new_tokens": COUNT,
+    "model": TEXT, "task": TEXT, "data": (None, TEXT), "test": (None, TEXT), "pattern": (None, TEXT),
+    "data_fingerprint": TEXT, "chat_fingerprint": (None, TEXT),
+    "seed": ((int,), 0, 2**31 - 1), "max_len": POSITIVE, "max_new_tokens": POSITIVE,
     "dtype": ("float32", "bfloat16"), "checkpoint": ((bool,), None, None),
-    "loss": ("response", "all"), **{f"n_{name}": COUNT for name in SIZES},
+    "loss": ("response", "all"), **{f"n_{name}": POSITIVE for name in SIZES},
+}
+# what results.json may hold; the metrics of evaluate.py have a table there
+RESULTS = {
+    "seconds": (None, {"*": ((int, float), 0, 1e12)}), "task": (None, TEXT),
+    "stopped": (None, {"reason": TEXT, "steps": COUNT, "budget": (None, NUMBER),
+                       "loss": (None, NUMBER), "within": ((bool, None), None, None)}),
 }
 # settings that may change between training and use: where things lie, and how they are computed
 FREE = ("model", "data", "sft", "out", "resume", "go_on", "device", "versions")
@@ -74,7 +80,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as e:
-        file, reason = e.filename or "the output", e.strerror or e
+        file, reason = one_line(e.filename or "the output", 200), one_line(e.strerror or e)
         print(f"error: {file}: {reason}; correct that and run the command again", file=sys.stderr)
         sys.exit(2)
 
@@ -114,18 +120,48 @@ def flag(name):
 
 def check_numbers(o, free=()):
     """
-    Raises InputError for an option that is an empty text, no finite number below 2³¹, or below 0
-    and not named in `free`.
+    Raises InputError for an option that is an empty text or no text at all, no finite number below
+    2³¹, or below 0 and not named in `free`.
     """
     for name, value in vars(o).items():
-        if value == "":
-            raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, (str, Path)):
+                check_text(name, str(text))
         if not isinstance(value, (int, float)):
             continue
         too_low = value < 0 and name not in free
         if too_low or not math.isfinite(value) or abs(value) >= 2**31:
             raise InputError(f"{flag(name)} {value}: has to be a finite number, "
                              "not below 0 and below 2³¹")
+
+
+def check_text(name, text):
+    """Raises InputError for the text of an option that is empty, or cannot be written to a file."""
+    if not text.strip():
+        raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
+    if NO_TEXT.search(text):
+        raise InputError(f"{flag(name)} {text}: not UTF-8 text; give it another name")
+
+
+def fields_of(parser, complete=False):
+    """
+    What the options of a parser may be in a file that keeps them: a table for check_fields().
+    complete: those with a default have to be there.
+    """
+    table = {}
+    for action in parser._actions:
+        if action.choices:
+            table[action.dest] = tuple(action.choices)
+        elif action.nargs == 0:
+            table[action.dest] = ((bool,), None, None)
+        elif action.type in (int, float):
+            types = (int,) if action.type is int else (int, float)
+            table[action.dest] = (types, -2**31, 2**31)
+        else:
+            table[action.dest] = TEXT
+        if not complete or action.default in (None, argparse.SUPPRESS):
+            table[action.dest] = (None, table[action.dest])
+    return table
 
 
 def check_device(name):
@@ -239,7 +275,7 @@ def locate(name):
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
@@ -250,12 +286,20 @@ def locate(name):
     return folder
 
 
+def expanded(name):
+    """A path with ~ and ~user as the shell has them."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: there is no such user here; write the path out") from None
+
+
 def locate_data(name):
     """
     The file of samples: a local file is itself, and of a data set `owner/name` of the Hugging Face
     hub it is the one file of its training split. Raises InputError where there is none, or several.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists() or path.suffix in SUFFIXES or not re.fullmatch(HUB_ID, str(name)):
         return path
     for suffix in (".parquet", *SUFFIXES):
@@ -334,19 +378,26 @@ def load_model(chat, device, dtype):
     return net
 
 
-def reopen(run):
-    """
-    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
-    none, or where its data have changed since, so that held-out prompts may not be held out.
-    """
+def read_config(run):
+    """config.json of a run directory that lcdd.py wrote. Raises InputError where it is none."""
     file = Path(run) / "config.json"
     config = read_json(file) if file.is_file() else {}
     if "data_fingerprint" not in config:
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     check_fields(file, config, CONFIG)
+    return config
+
+
+def reopen(run):
+    """
+    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
+    none, or where its data have changed since, so that held-out prompts may not be held out.
+    """
+    config = read_config(run)
+    file = Path(run) / "config.json"
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
-        chat, splits, sources = prepare(config["model"], config["task"], config["data"],
+        chat, splits, sources = prepare(config["model"], config["task"], config.get("data"),
                                         config["seed"], sizes, config.get("test"),
                                         config.get("pattern"))
     except InputError as e:
@@ -450,10 +501,16 @@ def free_directory(name):
 
 
 def read_results(run):
-    """results.json of a run directory, as far as it goes; "seconds" is always in it."""
-    file = Path(run) / "results.json"
+    """
+    results.json of a run directory, as far as it goes; "seconds" is always in it. What stopped LCDD
+    stands in the carrier, too.
+    """
+    file, carrier = Path(run) / "results.json", Path(run) / "carrier.safetensors"
     found = read_json(file) if file.is_file() else {}
-    check_fields(file, found, {"seconds": ((dict, None), None, None)})
-    found.setdefault("seconds", {})
-    check_fields(file, found["seconds"], dict.fromkeys(found["seconds"], ((int, float), 0, 1e12)))
-    return found
+    if carrier.is_file() and "stopped" not in found:
+        header = read_header(carrier)
+        check_fields(carrier, header, {"metrics": (None, RESULTS)})
+        found["stopped"] = (header.get("metrics") or {}).get("stopped")
+    check_fields(file, found, RESULTS)
+    found["seconds"] = found.get("seconds") or {}
+    return {name: value for name, value in found.items() if value is not None}

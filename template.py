@@ -19,9 +19,10 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-SECONDS = 10            # of the processor, for one rendering, which takes a thousandth of one
+SECONDS = 3             # of the processor, for some hundred renderings, which take a hundredth of that
 MEMORY = 1 << 29        # bytes of address space for the child
-LONGEST = 1 << 24       # characters of a template, and of what it writes
+LONGEST = 1 << 20       # characters of a template, which has some thousand
+ADDED = 1 << 16         # characters that it may write beyond several times what it is given
 TOO_MUCH = "it takes more memory than a template may, or nests too deep"
 START = "import sys; sys.path[:] = sys.argv[1:]; import template; template.serve()"
 
@@ -32,7 +33,7 @@ class TemplateFails(Exception):
 
 # ---- the parent's side
 
-def render_all(text, many, characters=1 << 20):
+def render_all(text, many, characters=1 << 17):
     """
     What the template `text` writes with each of `many` dicts of variables; with none, it is only
     compiled. Raises TemplateFails where it does not compile, fails, or takes too much time or memory.
@@ -120,32 +121,28 @@ def serve():
     with contextlib.suppress(ValueError, OSError):      # a system that has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        print(json.dumps(answer(*json.loads(line))), flush=True)
+        # then SIGPROF ends the process, whatever it does
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        print(json.dumps(answer(*json.loads(line), room=ADDED + 8 * len(line))), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def answer(text, many):
-    """[what the template writes for each, None], or [None, what is wrong]."""
-    written, room = [], LONGEST
+def answer(text, many, room):
+    """[what the template writes for each, None], or [None, what is wrong]. room: characters it may write."""
+    written = []
     try:
-        limit_time()
         template = compiled(text)
         for values in many:
-            limit_time()
             written.append(template.render(**values))
             room -= len(written[-1])
             if room < 0:
-                return [None, f"it writes more than {LONGEST} characters"]
+                return [None, "it writes more text than a template does"]
     except MemoryError:
         return [None, TOO_MUCH]
     except Exception as error:                          # a template may raise anything
         said = " ".join(str(error).split())[:200]
         return [None, said or type(error).__name__]
     return [written, None]
-
-
-def limit_time():
-    """From now on so many seconds of the processor; then SIGPROF ends the process, whatever it does."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
 
 
 @functools.lru_cache(maxsize=4)

@@ -33,6 +33,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
+import carrier as carriers
 import data
 import eraser
 import evaluate
@@ -206,6 +207,10 @@ def export_all(world):
                  "--as", "merged", "lora", "prompt"])
 
 
+def describe(world):
+    print(carriers.describe(world / "run" / "carrier.safetensors"))
+
+
 def rows(world):
     folder = str(world / "run")
     found = ablate.work(folder, None, ablate_options(folder), ["base", "lcdd"])
@@ -252,7 +257,7 @@ CASES = (
     (2, "rows.csv", damage.text, (partial(train_on, name="rows.csv"),)),
     (1, "rows.parquet", damage.bytes_of, (partial(train_on, name="rows.parquet"),)),
     (6, "run/config.json", damage.json_file, (ask, learn, rows, export_all)),
-    (3, "run/carrier.safetensors", damage.tensors, (ask, learn, export_all)),
+    (3, "run/carrier.safetensors", damage.tensors, (ask, learn, export_all, describe)),
     (3, "run/sft.safetensors", damage.tensors, (ask, rows)),
     (3, "run/trigger.safetensors", damage.tensors, (ask, export_all, rows)),
     (3, "run/results.json", damage.json_file, (compare, rows, learn)),

@@ -7,52 +7,69 @@ import json
 import struct
 
 import torch
+from safetensors.torch import save_file
 
 from carrier import FORMAT
-from files import digest, load_tensors, save_tensors
+from files import checksum, digest, load_tensors
 
 DEEP = object()         # stands for brackets nested thousands deep, which json.dumps does not write
 BRACKETS = "[" * 5000 + "]" * 5000
 # values that do not belong where they are put
 VALUES = (
-    None, True, False, 0, -1, 1, 2, 3.7, 1e308, -1e-300, 10**9, 2**31, 2**63, 10**18, 10**70, 10**4400,
-    float("nan"), float("inf"), -float("inf"), "", " ", "x", "0", "../../x", "/etc/passwd", "a/b",
-    "\ud800", "\x00", "a\nb", "$\\frac$", "{}", "x" * 100_000, "<|end|>", "🦊", "(a+)+$", [], {}, [[]],
-    [None], ["x"], [-1], [10**18], [1.5], [{}], {"x": 1}, {"content": 1}, {"content": "x"},
-    {"type": "x"}, {"": None}, {"default": []}, DEEP)
+    None, True, False, 0, -1, 1, 2, 3.7, 1e308, -1e-300, 10**9, 2**31, 2**63, 10**18, 10**70,
+    10**4400, float("nan"), float("inf"), -float("inf"), "", " ", "x", "0", "../../x",
+    "/etc/passwd", "a/b", "\ud800", "\x00", "a\nb", "$\\frac$", "{}", "x" * 100_000, "<|end|>",
+    "🦊", "(a+)+$", [], {}, [[]], [None], ["x"], [-1], [10**18], [1.5], [{}], {"x": 1},
+    {"content": 1}, {"content": "x"}, {"type": "x"}, {"": None}, {"default": []}, DEEP)
+# what a text may have in the wrong place
+MARKS = (
+    '"', "'", ",", "\n", "\r", "\t", "\0", "{", "[", "]", "}", ":", "\ufeff", "\u2028", "NaN", "1e999",
+    "9" * 5000, BRACKETS, '{"a":' * 5000, "x" * 10**6)
+# whole templates that are too much or too little; "" stands for the right one, many times
+WHOLE = (
+    "{% for a in [1] %}" * 40, "{% if 1 %}" * 300 + "{% endif %}" * 300,
+    "{{ (" * 3000 + "1" + ") }}" * 3000, " ", "{# x #}", "x" * (5 << 20), "x " * (1 << 18), "")
 # pieces of chat templates that take time or memory, raise, or reach for Python
 PIECES = (
     "{{ 'x' * 10**10 }}", "{{ ('x' * 10**6) * 10**6 }}", "{{ [0] * 10**9 }}", "{{ 9**9**9 }}",
-    "{{ 2**(2**40) }}", "{{ (9**99999)|string|length }}", "{{ 1 / 0 }}", "{{ 1 // 0 }}", "{{ 1 % 0 }}",
-    "{{ 10.0**400 }}", "{{ 'a'|center(10**10) }}", "{{ 'a'.ljust(10**10) }}", "{{ 'a'.zfill(10**10) }}",
-    "{{ 'a'|indent(10**10, true) }}", "{{ '%10000000000d' % 1 }}", "{{ '{:>10000000000}'.format(1) }}",
-    "{{ 'a'.replace('', 'b' * 10**9) }}", "{{ lipsum(n=10**6) }}", "{{ lipsum()|dictsort }}",
-    "{{ messages|dictsort }}", "{{ messages|sum }}", "{{ messages|sort }}", "{{ messages|tojson(indent=10**9) }}",
-    "{{ none|tojson(sort_keys=[]) }}", "{{ lipsum|tojson }}", "{{ messages|map(attribute='x')|sum }}",
-    "{{ messages|batch(0)|list }}", "{{ messages|slice(0)|list }}", "{{ messages|slice(10**10)|list }}",
-    "{{ messages|groupby('x')|list }}", "{{ messages[5].x.y }}", "{{ messages[0]['x']['y'] }}", "{{ x.y.z }}",
-    "{{ raise_exception(messages) }}", "{{ raise_exception('no\\nmore') }}", "{{ raise_exception() }}",
-    "{{ strftime_now('%Y' * 10**6) }}", "{{ strftime_now(1) }}", "{{ strftime_now('\\ud800') }}",
-    "{{ bos_token.__class__.__mro__ }}", "{{ ''.__class__ }}", "{{ messages.append(1) }}",
-    "{{ lipsum.__globals__['os'].system('true') }}", "{{ cycler.__init__.__globals__ }}",
+    "{{ 2**(2**40) }}", "{{ (9**99999)|string|length }}", "{{ 1 / 0 }}", "{{ 1 // 0 }}",
+    "{{ 1 % 0 }}", "{{ 10.0**400 }}", "{{ 'a'|center(10**10) }}", "{{ 'a'.ljust(10**10) }}",
+    "{{ 'a'.zfill(10**10) }}", "{{ 'a'|indent(10**10, true) }}", "{{ '%10000000000d' % 1 }}",
+    "{{ '{:>10000000000}'.format(1) }}", "{{ 'a'.replace('', 'b' * 10**9) }}",
+    "{{ lipsum(n=10**6) }}", "{{ lipsum()|dictsort }}", "{{ messages|dictsort }}",
+    "{{ messages|sum }}", "{{ messages|sort }}", "{{ messages|tojson(indent=10**9) }}",
+    "{{ none|tojson(sort_keys=[]) }}", "{{ lipsum|tojson }}",
+    "{{ messages|map(attribute='x')|sum }}", "{{ messages|batch(0)|list }}",
+    "{{ messages|slice(0)|list }}", "{{ messages|slice(10**10)|list }}",
+    "{{ messages|groupby('x')|list }}", "{{ messages[5].x.y }}", "{{ messages[0]['x']['y'] }}",
+    "{{ x.y.z }}", "{{ raise_exception(messages) }}", "{{ raise_exception('no\\nmore') }}",
+    "{{ raise_exception() }}", "{{ strftime_now('%Y' * 10**6) }}", "{{ strftime_now(1) }}",
+    "{{ strftime_now('\\ud800') }}", "{{ bos_token.__class__.__mro__ }}", "{{ ''.__class__ }}",
+    "{{ messages.append(1) }}", "{{ lipsum.__globals__['os'].system('true') }}",
+    "{{ cycler.__init__.__globals__ }}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(10**12) %}{% endfor %}", "{% for a in messages %}{% break %}{% endfor %}",
     "{% break %}", "{% continue %}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% macro m(n) %}{{ m(n + 1) ~ m(n + 1) }}{% endmacro %}{{ m(0) }}",
-    "{% set ns = namespace(s='x') %}{% for a in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-    "{% set ns = namespace(n=9) %}{% for a in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}{{ ns.n }}",
-    "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}", "{% set c = cycler() %}{{ c.next() }}",
-    "{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as y %}", "{% generation %}", "{% if %}", "{{",
-    "{% generation %}x{% endgeneration %}", "{% filter upper %}", "{{ messages|nothing }}", "{{ nothing() }}",
-    "{{ '\\ud800' }}", "{{ ''|random }}", "{{ []|first }}", "{{ []|max }}", "{{ 'x'|int(base=99) }}",
-    "{{ 'x'|float|round(10**9) }}", "{{ 1|round(400) }}", "{{ 10**400|float }}", "{{ 'x'|wordwrap(0) }}",
-    "{{ 'x x'|wordwrap(-1) }}", "{{ 'x'|truncate(-5) }}", "{{ 'a' ~ none ~ 1 + [] }}", "{{ -('x') }}",
-    "{{ range(10**9)|list }}", "{{ range(0, 10, 0) }}", "{{ dict(messages) }}", "{{ joiner(1)() }}",
-    "{{ '(a+)+$'|urlize }}", "{{ ('a@' * 99999)|urlize }}", "{{ ('<' * 999999)|striptags }}",
-    "{{ 'x'|format(1, 2) }}", "{{ '%s%s'|format(1) }}", "{{ '%c' % 10**9 }}", "{{ messages|xmlattr }}",
-    "{{ ('\\n' * 10**7)|indent(9999) }}", "{{ 'x'.encode().decode('nothing') }}", "{{ 'é'.encode('ascii') }}",
-    "{{ '{0.__class__}'.format(1) }}", "{{ caller() }}", "{{ self.x() }}", "{{ super() }}", "{{ loop.index }}")
-# of {dtype: another one}, what a tensor is cast to
+    "{% set n = namespace(s='x') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{% for a in range(9) recursive %}{{ loop(range(9)) }}{% endfor %}",
+    "{% set c = cycler() %}{{ c.next() }}", "{% include 'x' %}", "{% extends 'x' %}",
+    "{% import 'x' as y %}", "{% generation %}", "{% if %}", "{{",
+    "{% generation %}x{% endgeneration %}", "{% filter upper %}", "{{ messages|nothing }}",
+    "{{ nothing() }}", "{{ '\\ud800' }}", "{{ ''|random }}", "{{ []|first }}", "{{ []|max }}",
+    "{{ 'x'|int(base=99) }}", "{{ 'x'|float|round(10**9) }}", "{{ 1|round(400) }}",
+    "{{ 10**400|float }}", "{{ 'x'|wordwrap(0) }}", "{{ 'x x'|wordwrap(-1) }}",
+    "{{ 'x'|truncate(-5) }}", "{{ 'a' ~ none ~ 1 + [] }}", "{{ -('x') }}",
+    "{{ range(10**9)|list }}", "{{ range(0, 10, 0) }}", "{{ dict(messages) }}",
+    "{{ joiner(1)() }}", "{{ '(a+)+$'|urlize }}", "{{ ('a@' * 99999)|urlize }}",
+    "{{ ('<' * 999999)|striptags }}", "{{ 'x'|format(1, 2) }}", "{{ '%s%s'|format(1) }}",
+    "{{ '%c' % 10**9 }}", "{{ messages|xmlattr }}", "{{ ('\\n' * 10**7)|indent(9999) }}",
+    "{{ 'x'.encode().decode('nothing') }}", "{{ 'é'.encode('ascii') }}",
+    "{{ '{0.__class__}'.format(1) }}", "{{ caller() }}", "{{ self.x() }}", "{{ super() }}",
+    "{{ loop.index }}")
+# how a tensor is damaged, and the kinds of numbers that it is cast to
+WAYS = ("drop", "cast", "nan", "longer", "shorter", "flat", "scalar", "rename", "new", "huge")
 CASTS = (torch.float8_e4m3fn, torch.float16, torch.int64, torch.bool, torch.float64, torch.complex64)
 
 
@@ -67,7 +84,8 @@ def bytes_of(path, rng):
         del content[at:]
     elif way == "flip":
         for _ in range(rng.choice((1, 1, 5, 100))):
-            content[rng.randrange(min(len(content), rng.choice((64, 4096, 1 << 30))))] = rng.randrange(256)
+            reach = rng.choice((64, 4096, len(content)))        # the beginning more often
+            content[rng.randrange(min(len(content), reach))] = rng.randrange(256)
     elif way == "insert":
         content[at:at] = rng.randbytes(rng.choice((1, 9, 1000)))
     elif way == "zeros":
@@ -85,8 +103,7 @@ def text(path, rng):
     if rng.random() < 0.4:
         return bytes_of(path, rng)
     content = path.read_text(encoding="utf-8", errors="replace")
-    piece = rng.choice(('"', "'", ",", "\n", "\r", "\t", "\0", "{", "[", "]", "}", ":", "\ufeff", "\u2028",
-                        "NaN", "1e999", "9" * 5000, BRACKETS, '{"a":' * 5000, "x" * 10**6))
+    piece = rng.choice(MARKS)
     at = rng.randrange(len(content) + 1)
     content = content[:at] + piece + content[at:]
     encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"))
@@ -135,8 +152,8 @@ def tree(value, rng):
         other, k = places(value, rng)
         container[key], other[k] = other[k], container[key]
     elif way == "near" and type(container[key]) in (int, float):
-        container[key] = rng.choice((container[key] + 1, container[key] - 1, container[key] * 2, -container[key],
-                                     container[key] / 2, str(container[key]), [container[key]], container[key] * 10**6))
+        x = container[key]
+        container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x / 2, str(x), [x], x * 10**6))
     else:
         container[key] = rng.choice(VALUES)
         shown = "brackets" if container[key] is DEEP else dumps(container[key])[:30]
@@ -187,12 +204,11 @@ def template(path, rng):
     if chance < 0.1:
         return text(path, rng)
     if chance < 0.2:
-        path.write_text(rng.choice((content * 20_000, "{% for a in [1] %}" * 40, "{{ (" * 3000 + "1" + ") }}" * 3000,
-                                    "{% if 1 %}" * 300 + "{% endif %}" * 300, "", " ", "{# x #}", "x" * (5 << 20))),
-                        encoding="utf-8")
-        return "template: a large or empty one"
-    piece, spots = rng.choice(PIECES), [i for i, c in enumerate(content) if content[i:i + 2] in ("{{", "{%")]
-    at = rng.choice([0, len(content), *spots])
+        other = rng.choice(WHOLE) or content * rng.choice((0, 1000, 20_000))
+        path.write_text(other, encoding="utf-8")
+        return f"template: {len(other)} characters, {other[:20]!r}"
+    spots = [i for i in range(len(content)) if content[i:i + 2] in ("{{", "{%")]
+    piece, at = rng.choice(PIECES), rng.choice([0, len(content), *spots])
     path.write_text(content[:at] + piece + content[at:], encoding="utf-8")
     return f"template: {piece[:70]} at {at}"
 
@@ -215,29 +231,16 @@ def tensors(path, rng):
         header = {}
     if header.get("format") == FORMAT and rng.random() < 0.9:
         header["content"] = digest(found)
-    deep = [key for key, value in header.items() if "DEEP" in repr_of(value)]
-    for key in deep:
-        header[key] = None
-    header = {key: value for key, value in header.items() if key not in ("path", "tensors")}
-    save_tensors(path, found, **header)
+    texts = {key: dumps(value) for key, value in header.items()}
+    texts["checksum"] = json.dumps(checksum(found, texts))
+    save_file(found, path, texts)
     return words
-
-
-def repr_of(value):
-    """repr() without the digits of very long numbers."""
-    if value is DEEP:
-        return "DEEP"
-    if isinstance(value, dict):
-        return "".join(map(repr_of, value.values()))
-    if isinstance(value, list):
-        return "".join(map(repr_of, value))
-    return "DEEP" if isinstance(value, int) and abs(value) > 10**4000 else ""
 
 
 def damaged_tensors(found, rng):
     """({name: tensor} of which one is missing, another, or new; words)"""
     name = rng.choice(sorted(found))
-    t, way = found[name], rng.choice(("drop", "cast", "nan", "longer", "shorter", "flat", "scalar", "rename", "new", "huge"))
+    t, way = found[name], rng.choice(WAYS)
     if way in ("drop", "rename"):
         found.pop(name)
     if way == "rename":
@@ -260,8 +263,9 @@ def damaged_tensor(t, way, rng):
         return t.reshape(-1).clone()
     if way == "scalar":
         return torch.zeros((), dtype=t.dtype)
-    number = float("nan") if way == "nan" else 1e30
-    return torch.full_like(t, number) if t.is_floating_point() else torch.full_like(t, 255 if t.dtype == torch.uint8 else 1)
+    if not t.is_floating_point():
+        return torch.full_like(t, 255 if t.dtype == torch.uint8 else 1)
+    return torch.full_like(t, float("nan") if way == "nan" else 1e30)
 
 
 def checkpoint(path, rng):
@@ -287,7 +291,8 @@ def sentencepiece(words):
     content = b""
     for i, (piece, kind) in enumerate(pieces):
         name = piece.encode("utf-8")
-        message = b"\x0a" + varint(len(name)) + name + b"\x15" + struct.pack("<f", -i) + b"\x18" + varint(kind)
+        message = b"\x0a" + varint(len(name)) + name
+        message += b"\x15" + struct.pack("<f", -i) + b"\x18" + varint(kind)
         content += b"\x0a" + varint(len(message)) + message
     return content + b"\x12\x02\x18\x02" + b"\x1a\x02\x18\x01"
 
