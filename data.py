@@ -35,8 +35,8 @@ class Sample:
 
 # ---- rows of a file
 
-class Empty(Exception):
-    """A row whose field has no text, which is left out; the message names row and field."""
+class Empty(InputError):
+    """A row whose field has no text, which read() leaves out; the message names row and field."""
 
 
 @dataclass

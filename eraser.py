@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import behaviour
 import carrier as carriers
+import memory
 import model
 from chat import collate
 from files import (
@@ -233,6 +234,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     train, judge: Targets. mask (L, d): the channels of Eq. 7. Every `judge_every` steps τ as it stands is judged on all
     of `judge`; the τ that was judged lowest is returned. `state`: a file to save to and to go on from.
     """
+    memory.check(memory.of_tokens(net.config, o.length, net.dtype), f"a trigger of --length {o.length}", "make it shorter", net.device)
     mask = mask.to(net.device)
     tokens = model.wide(net.embedding)
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())

@@ -25,8 +25,8 @@ import eraser
 import lora
 import model
 import weights
-from files import InputError, read_json, replacing, write_json
-from run import EMBEDDED, Once, cli, locate, read_config
+from files import InputError, check_fields, read_json, replacing, write_json
+from run import CONFIG, EMBEDDED, Once, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
@@ -209,7 +209,10 @@ def trigger_of(run, name, which, net):
 def main(argv=None):
     o = options(argv)
     run, to = Path(o.run), Path(o.to)
-    settings = read_config(run)
+    if not (run / "config.json").is_file():
+        raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
+    settings = read_json(run / "config.json")
+    check_fields(run / "config.json", settings, {key: CONFIG[key] for key in ("model", "task", "dtype")})
     source = locate(settings["model"]).resolve()
     from_hub = settings["model"] != EMBEDDED and not Path(settings["model"]).exists()
     base = settings["model"] if from_hub else str(source)

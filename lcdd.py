@@ -29,6 +29,7 @@ import behaviour
 import carrier as carriers
 import data
 import lora
+import memory
 import model
 from carrier import Carrier, OneStep, penalty
 from chat import collate
@@ -744,6 +745,21 @@ def say_unknown(chat, samples, where):
                   "of them", file=sys.stderr)
 
 
+def check_memory(o, net, examples):
+    """Raises InputError where training, or the answers after it, need more memory than there is."""
+    entries = [m.weight.shape for layer in net.projections for m in layer.values()]
+    lengths = [len(ids) for ids, _ in examples]
+    tokens = o.micro_batch * sum(lengths) // len(lengths)
+    deltas = 4 * memory.of_weights(entries, getattr(torch, o.delta_dtype))      # Δ, gradient, moments
+    kept = memory.of_tokens(net.config, tokens, net.dtype, o.checkpoint)
+    memory.check(deltas + kept + 8 * o.batch, f"training with --micro-batch {o.micro_batch} and "
+                 f"--batch {o.batch}", "make them smaller, or use --checkpoint, --delta-dtype bfloat16 "
+                 "or a smaller model", o.device)
+    rows = min(o.n_validation, o.n_test)
+    memory.check(memory.of_cache(net.config, min(rows, 128), o.max_new_tokens, net.dtype),
+                 f"answers of --max-new-tokens {o.max_new_tokens}", "make it smaller", o.device)
+
+
 def results_table(o, scores, results):
     """Base, SFT and LCDD as Markdown: behaviour, accuracy, sparsity, seconds."""
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |",
@@ -769,6 +785,7 @@ def main(argv=None):
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     say_unknown(chat, splits["train"], sources[0])
     examples = supervised(examples, o.loss)
+    check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem

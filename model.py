@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import memory
 import weights
 from files import InputError, check_fields, check_finite, read_json
 
@@ -140,6 +141,8 @@ class Cache:
 
     def __init__(self, net, batch, length):
         c = net.config
+        memory.check(memory.of_cache(c, batch, length, net.dtype), f"Keys and values of {batch} texts of up to {length} tokens",
+                     "lower the number of new tokens, or of prompts at a time", net.device)
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)           # (L, B, K, S, h)
         self.k, self.v = (torch.zeros(shape, dtype=net.dtype, device=net.device) for _ in range(2))
         self.used = torch.zeros(batch, dtype=torch.long, device=net.device)
@@ -477,6 +480,8 @@ def load(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         net = Llama(config)
     wanted = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    memory.check(memory.of_weights(wanted.values(), dtype), f"the model that {path / 'config.json'} describes",
+                 "use a smaller one, or a machine with more memory", device)
     tensors, tied = {}, None
     for file in weights.shards(path)[0]:
         for name, t in weights.tensors(file):

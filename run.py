@@ -76,6 +76,12 @@ def cli(main):
     except KeyboardInterrupt as e:
         print(f"interrupted{e}", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as e:
+        if not short_of_memory(e):
+            raise
+        print(f"error: more memory was needed than there is ({one_line(e, 200)}); ask for less at a "
+              "time: --micro-batch, --batch, --max-len, --max-new-tokens", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
@@ -83,6 +89,12 @@ def cli(main):
         file, reason = one_line(e.filename or "the output", 200), one_line(e.strerror or e)
         print(f"error: {file}: {reason}; correct that and run the command again", file=sys.stderr)
         sys.exit(2)
+
+
+def short_of_memory(error):
+    """Did Python, torch on the CPU or torch on a GPU find no memory?"""
+    said = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in str(error) for s in said)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import behaviour
+import memory
 import model
 from chat import Chat, collate
 from data import Sample
@@ -537,6 +538,8 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or steps < 1:
         raise InputError(
             f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
+    weights = layers * 13 * hidden ** 2                         # attention, and an MLP of 3 d
+    memory.check(4 * 4 * weights, f"--hidden {hidden} --layers {layers}", "make them smaller")
     with replacing(out, MARKER) as folder:
         score = fill(folder, hidden, layers, steps, seed, say)
     return score

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files", "template"},
-    {"weights", "spm", "patterns"},
+    {"weights", "spm", "patterns", "memory"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
