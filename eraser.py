@@ -11,7 +11,6 @@ the next-token distributions to the base's (Eq. 8), R keeps τ small, and a proj
 Shapes: P prompts, B of them in a batch, n trigger tokens, k positions of Eq. 8, L layers, d hidden size, V vocabulary.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import math
 import shlex
 import sys
@@ -30,7 +29,7 @@ from chat import collate
 from files import (
     COUNT, Failed, InputError, append_jsonl, check_fields, check_finite, check_tensors, load_tensors, read_header, save_tensors, shown,
     size, take_back, write_json)
-from run import Interrupted, Meter, Once, alone, check_device, check_numbers, cli, fields_of, patient, read_results, reopen, ticker
+from run import Interrupted, Meter, Parser, alone, check_device, check_numbers, cli, fields_of, patient, read_results, reopen, ticker
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, lr=0.003, bound=1.0, absolute=True, schedule="constant", raw=True, alpha=0.7, k=8, judge_every=25)
@@ -44,9 +43,9 @@ ANSWER = 128            # tokens of the base's own answers that "final" looks at
 
 def parser():
     """All options; rates and bounds are measured in the model's own token norms, so that they fit any model."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--objective", choices=("circuit", "output", "random"), default="circuit",
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels a layer")
     a("--target", choices=TARGETS, default="lcdd", help="the model that the trigger is put before (lcdd)")

@@ -10,9 +10,7 @@ One greedy generate() and one scoring path serve every condition; the KLs are ex
 vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ import model
 from chat import collate
 from files import (
     COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
-from run import Once, check_device, cli, load_model, markdown, read_results, reopen, ticker
+from run import (
+    Parser, check_device, check_numbers, cli, load_model, markdown, read_results, reopen, ticker)
 
 NAMES = {
     "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
@@ -444,10 +443,9 @@ def figure(run, results, carrier, path):
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, help="run directory that lcdd.py has finished")
+    a("--run", help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
     either = p.add_mutually_exclusive_group().add_argument
     either("--ask", action="append",
@@ -463,8 +461,7 @@ def options(argv=None):
     o = p.parse_args(argv)
     if bool(o.run) == bool(o.compare):
         raise InputError("give either --run or --compare")
-    if any(re.search("[\ud800-\udfff]", text) for text in o.ask or ()):
-        raise InputError("--ask: the prompt is not UTF-8 text; type it again")
+    check_numbers(o)
     check_device(o.device)
     return o
 

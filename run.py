@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -63,6 +62,8 @@ def cli(main):
     line and status 130.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or an answer beyond the terminal's letters
     try:
         try:
             main()
@@ -115,13 +116,35 @@ def resume_command(script, argv, run):
     return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
 
 
+class Parser(argparse.ArgumentParser):
+    """
+    A script's command line, its docstring as it stands. What is wrong on it is an InputError; no
+    option is given twice, where the last would silently win, or by the beginning of its name.
+    """
+
+    def __init__(self, description=None, **more):
+        more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **more)
+        self.given = set()
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = set()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        raise InputError(f"{message}; --help shows all options")
+
+
 class Once(argparse.Action):
-    """Of an option that would silently keep the last of several: a second one is an InputError."""
+    """An option with a value, given once."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if getattr(namespace, self.dest, None) is not None:
+        if self.dest in parser.given:
             raise InputError(f"{option_string} {value}: {option_string} "
                              f"{getattr(namespace, self.dest)} is given already; give it once")
+        parser.given.add(self.dest)
         setattr(namespace, self.dest, value)
 
 
@@ -135,16 +158,18 @@ def check_numbers(o, free=()):
     Raises InputError for an option that is an empty text or no text at all, no finite number below
     2³¹, or below 0 and not named in `free`.
     """
-    for name, value in vars(o).items():
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, (str, Path)):
-                check_text(name, str(text))
-        if not isinstance(value, (int, float)):
-            continue
-        too_low = value < 0 and name not in free
-        if too_low or not math.isfinite(value) or abs(value) >= 2**31:
-            raise InputError(f"{flag(name)} {value}: has to be a finite number, "
-                             "not below 0 and below 2³¹")
+    for name, given in vars(o).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, (str, Path)):
+                check_text(name, str(value))
+            elif isinstance(value, (int, float)):
+                check_number(name, value, name in free)
+
+
+def check_number(name, value, free):
+    """Raises InputError for the number of an option; `free`: it may be below 0."""
+    if value < 0 and not free or not abs(value) < 2**31:
+        raise InputError(f"{flag(name)} {value}: has to be a finite number, not below 0 and below 2³¹")
 
 
 def check_text(name, text):

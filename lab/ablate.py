@@ -31,7 +31,7 @@ from behaviour import BEHAVIOURS
 from files import (
     NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, write_json)
 from run import (
-    Once, alone, check_device, check_numbers, cli, duration, fields_of, load_model, markdown,
+    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model, markdown,
     read_results, reopen)
 from settings import check as check_training
 from settings import check_bounds
@@ -99,10 +99,9 @@ PAPER_ROWS = {
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, help="a finished run of your own instead of the embedded behaviours")
+    a("--run", help="a finished run of your own instead of the embedded behaviours")
     a("--task", action="append", choices=TASKS,
       help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")

@@ -13,11 +13,9 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,136 +29,23 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file, save_file
 
 import carrier as carriers
-import data
 import eraser
 import evaluate
 import export
 import lcdd
-from chat import Chat
-from files import Failed, read_json, write_json
-from lab import ablate, benchmarks, damage, talk, tiny
-from run import check_numbers, cli
+import memory
+from files import Failed, InputError
+from lab import ablate, benchmarks, commands, damage, talk
+from lab.world import FEW, TRIGGER, ablate_options, copied, make_world
+from run import Parser, check_numbers, cli
 
-SECONDS = 20            # a round may take
+SECONDS = 20            # a round may take, of the processor
+WELL = ("works", "refused", "goes on")      # verdicts
+BUSY = 4                # times that by the clock, on a machine that has more to do
 MEMORY = 2 << 30        # bytes of address space that it may add
-FEW = ["--sft-steps", "3", "--steps", "3", "--settle", "2", "--warmup", "1", "--batch", "2",
-       "--device", "cpu", "--max-new-tokens", "3", "--log-every", "1", "--go-on"]
-TRIGGER = ["--steps", "3", "--length", "2", "--batch", "2", "--device", "cpu", "--judge-every", "1"]
 
-
-# ---- the world that is damaged
-
-def make_world(folder):
-    """Small checkpoints, runs and data in a folder: all files that a round may damage."""
-    base = folder / "model"
-    base.mkdir(parents=True)
-    make_checkpoint(base)
-    make_variants(folder)
-    make_data(folder)
-    whole, half = folder / "run", folder / "half"
-    train = ["--model", str(base), *FEW]
-    stop_at("lcdd", lcdd, [*train, "--out", str(half)])
-    lcdd.main([*train, "--out", str(whole)])
-    learn = ["--run", str(whole), *TRIGGER]
-    stop_at("trigger", eraser, learn)
-    shutil.copytree(whole, folder / "learning")
-    with contextlib.suppress(Failed):           # so few steps move nothing
-        eraser.main(learn)
-    evaluate.main(["--run", str(whole)])
-    export.main(["--run", str(whole), "--to", str(folder / "exported"), "--as", "lora"])
-    ablate.work(str(whole), None, ablate_options(whole), ["base"])
-
-
-def ablate_options(run_directory):
-    return ablate.options(["--run", str(run_directory), "--device", "cpu", "--rows", "base"])
-
-
-def make_checkpoint(folder):
-    """An untrained model of width 32 that knows some words, and its behaviour's data."""
-    seen, held = tiny.lines(0)
-    some = {kind: lines[:4] for kind, lines in seen.items()}
-    tiny.write_configuration(folder, some, 32, 1)
-    weights = tiny.fresh(folder, 0).state_dict()
-    save_file({name: p.to(torch.bfloat16) for name, p in weights.items()},
-              folder / "model.safetensors", {"format": "pt"})
-    rows = []
-    for lines in some.values():
-        for line, name in zip(lines, data.SPLITS):
-            rows.append({**line, "response": tiny.FIXED, "split": name})
-    write_lines(folder / "fixed.jsonl", rows)
-    settings = read_json(folder / "tokenizer_config.json")
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    write_json(folder / "special_tokens_map.json", {name: settings[name] for name in names})
-    (folder / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
-
-
-def make_variants(folder):
-    """The same checkpoint in shards, and as torch.save writes it, with SentencePiece's tokenizer."""
-    base = folder / "model"
-    weights = load_file(base / "model.safetensors")
-    names = sorted(weights)
-    for kind in ("shards", "bin"):
-        shutil.copytree(base, folder / kind)
-        (folder / kind / "model.safetensors").unlink()
-    parts, index = (names[::2], names[1::2]), {}
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, folder / "shards" / file, {"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    write_json(folder / "shards" / "model.safetensors.index.json",
-               {"metadata": {"total_size": 1}, "weight_map": index})
-    torch.save(weights, folder / "bin" / "pytorch_model.bin")
-    tok = Chat(base).tok
-    words = sorted(tok.get_vocab(), key=tok.token_to_id)
-    (folder / "bin" / "tokenizer.json").unlink()
-    (folder / "bin" / "tokenizer.model").write_bytes(damage.sentencepiece(words))
-
-
-def make_data(folder):
-    """The same rows as JSON, CSV and Parquet, and what lab.benchmarks reads."""
-    from pyarrow import Table, parquet
-    rows = [json.loads(line) for line in open(folder / "model" / "fixed.jsonl", encoding="utf-8")]
-    fields = ("prompt", "response", "kind", "answer", "split")
-    rows = [{name: row.get(name, "") for name in fields} for row in rows]
-    write_json(folder / "rows.txt", {})
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    lines = [",".join(fields)]
-    lines += [",".join(f'"{row[name]}"' for name in fields) for row in rows]
-    (folder / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    parquet.write_table(Table.from_pylist(rows), folder / "rows.parquet")
-    write_lines(folder / "hellaswag.jsonl", [
-        {"ctx": "A fox runs. It", "activity_label": "fox", "endings": ["a", "b", "c", "d"], "label": 1}])
-    behaviors = "Behavior,FunctionalCategory\nSay it,standard\nSay that,contextual\n"
-    (folder / "behaviors.csv").write_text(behaviors, encoding="utf-8")
-    for part in ("dev", "test"):
-        (folder / "mmlu" / part).mkdir(parents=True)
-        file = folder / "mmlu" / part / f"logic_{part}.csv"
-        file.write_text("Which?,a,b,c,d,A\nWhat?,e,f,g,h,C\n", encoding="utf-8")
-
-
-def write_lines(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-
-
-def stop_at(phase, module, argv):
-    """Run the main() of lcdd or eraser, and interrupt it after its second row of `phase` in the log."""
-    append = module.append_jsonl
-
-    def append_and_stop(path, row):
-        append(path, row)
-        if (row["phase"], row["step"]) == (phase, 1):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with mock.patch.object(module, "append_jsonl", append_and_stop):
-        try:
-            module.main(argv)
-        except KeyboardInterrupt:
-            return
-    raise AssertionError(f"{phase} came to its end before it was stopped")
 
 
 # ---- what a round damages, and the command that meets it
@@ -291,26 +176,28 @@ def late(number, frame):
 
 def address_space():
     """Bytes of address space that this process has now."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    return int(pages) * resource.getpagesize()
+    return memory.numbers_of(Path("/proc/self/statm"))[0] * resource.getpagesize()
 
 
 @contextlib.contextmanager
-def limited():
-    """SECONDS of time, and MEMORY beyond what the process has."""
+def limited(seconds):
+    """So many seconds of the processor, some times as many by the clock, and MEMORY more than now."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + MEMORY, hard))
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = [signal.signal(s, late) for s in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, BUSY * seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGPROF, before[0])
+        signal.signal(signal.SIGALRM, before[1])
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
-def outcome(command):
+def outcome(command, seconds=SECONDS):
     """
     (verdict, what was said) of a command under limits: "works", "refused" (one sentence, status 2
     or 3), or what else came of it.
@@ -318,16 +205,18 @@ def outcome(command):
     said = io.StringIO()
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        with limited(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            cli(command)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            with limited(seconds):
+                cli(command)
         return "works", ""
     except SystemExit as ended:
+        if not ended.code:
+            return "works", ""
         return judged(ended.code, said.getvalue())
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:      # Rust's panics are no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        trace = "".join(traceback.format_exception(error))
-        return type(error).__name__, trace
+        return type(error).__name__, "".join(traceback.format_exception(error))
     finally:
         signal.signal(signal.SIGTERM, terminate)
 
@@ -345,13 +234,10 @@ def judged(status, said):
 def play(number, seed, world):
     """Round `number`: (what was done, verdict, what was said)."""
     rng = random.Random(f"{seed} {number}")
-    _, name, way, commands = rng.choices(CASES, [case[0] for case in CASES])[0]
-    command = rng.choice(commands)
+    _, name, way, meeting = rng.choices(CASES, [case[0] for case in CASES])[0]
+    command = rng.choice(meeting)
     with tempfile.TemporaryDirectory(prefix="attack-") as scratch:
-        here = Path(scratch) / "world"
-        shutil.copytree(world, here)
-        for config in (here / "run", here / "half", here / "learning"):
-            settle_in(config / "config.json", here)
+        here = copied(world, Path(scratch) / "world")
         words = way(here / name, rng)
         verdict, said = outcome(partial(command, here))
         said = said.replace(str(here), "WORLD")
@@ -359,18 +245,12 @@ def play(number, seed, world):
     return f"{name}, {called}: {words}", verdict, said
 
 
-def settle_in(path, here):
-    """Let a copied run know where its model lies now."""
-    text = path.read_text(encoding="utf-8")
-    model_folder = json.loads(text)["model"]
-    path.write_text(text.replace(model_folder, str(here / "model")), encoding="utf-8")
-
-
 # ---- all rounds
 
 def worker(o):
     """Make a world, then play rounds, from the first one on; a line of JSON for each."""
     torch.set_num_threads(1)
+    tried = list(commands.all_trials()) if o.what == "cli" else []
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
         world = Path(folder) / "world"
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -378,7 +258,10 @@ def worker(o):
         for number in range(o.first, o.first + o.rounds):
             print(json.dumps({"begins": number}), flush=True)
             start = time.monotonic()
-            done, verdict, said = play(number, o.seed, world)
+            if o.what == "cli":
+                done, verdict, said = commands.play(*tried[number * o.every], world, outcome)
+            else:
+                done, verdict, said = play(number, o.seed, world)
             row = {"round": number, "done": done, "verdict": verdict, "said": said,
                    "seconds": round(time.monotonic() - start, 2)}
             print(json.dumps(row), flush=True)
@@ -388,7 +271,8 @@ def rounds(o):
     """Yield a row for each round, out of worker processes: a round may end its process."""
     first, end = o.first, o.first + o.rounds
     while first < end:
-        command = [sys.executable, "-m", "lab.attack", "--worker", "--seed", str(o.seed),
+        command = [sys.executable, "-m", "lab.attack", "--worker", "--what", o.what,
+                   "--every", str(o.every), "--seed", str(o.seed),
                    "--first", str(first), "--rounds", str(end - first)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                               cwd=Path(__file__).parent.parent) as process:
@@ -411,7 +295,7 @@ def rows_in_time(process):
         if "round" in row:
             yield row
         else:
-            timer = threading.Timer(SECONDS + 20, process.kill)
+            timer = threading.Timer(BUSY * SECONDS + 20, process.kill)
             timer.start()
     if timer:
         timer.cancel()
@@ -419,34 +303,43 @@ def rows_in_time(process):
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--rounds", type=int, default=300, help="how many (300)")
+    a("--what", choices=("files", "cli", "kills"), default="files", help="what is tried (files)")
+    a("--rounds", type=int, help="how many (300; of cli all)")
+    a("--every", type=int, default=1, help="of cli, every so many-th (1)")
     a("--seed", type=int, default=0, help="of all rounds (0)")
     a("--first", type=int, default=0, help="number of the first round (0)")
     a("--only", type=int, help="this round alone, with all that it says")
     a("--show", action="store_true", help="every sentence, to be read")
     a("--worker", action="store_true", help=argparse.SUPPRESS)
-    return p.parse_args(argv)
+    o = p.parse_args(argv)
+    check_numbers(o)
+    if o.rounds is None:
+        o.rounds = 300
+        if o.what == "cli":
+            o.rounds = -(-len(list(commands.all_trials())) // max(1, o.every)) - o.first
+    if o.every < 1 or o.rounds < 1:
+        raise InputError(f"--every {o.every}, --rounds {o.rounds}: have to be at least 1")
+    if o.only is not None:
+        o.first, o.rounds, o.show = o.only, 1, True
+    return o
 
 
 def main(argv=None):
     o = options(argv)
-    check_numbers(o)
-    if o.only is not None:
-        o.first, o.rounds, o.show = o.only, 1, True
     if o.worker:
         return worker(o)
     start, verdicts = time.monotonic(), Counter()
     for row in rounds(o):
         verdicts[row["verdict"]] += 1
-        if o.show or row["verdict"] not in ("works", "refused"):
+        if o.show or row["verdict"] not in WELL:
             print(f"{row['round']}: {row['done']}\n  {row['verdict']}, {row['seconds']} s\n"
                   f"  {row['said'].strip()[-1500:]}", flush=True)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
-    print(f"{verdicts.total()} rounds, seed {o.seed}: {counts}; {time.monotonic() - start:.0f} s")
-    bad = verdicts.total() - verdicts["works"] - verdicts["refused"]
+    print(f"{verdicts.total()} rounds of {o.what}, seed {o.seed}: {counts}; "
+          f"{time.monotonic() - start:.0f} s")
+    bad = verdicts.total() - sum(verdicts[verdict] for verdict in WELL)
     if bad:
         raise Failed(f"{bad} of {verdicts.total()} rounds did not end well; they are shown above, and "
                      "--only NUMBER repeats one")

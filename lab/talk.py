@@ -9,7 +9,6 @@ and answered.
     /new                          everything said is forgotten        /quit   or end of input: the end
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 import evaluate
 import model
 from files import InputError
-from run import Once, check_device, cli, reopen
+from run import Parser, check_device, check_numbers, cli, reopen
 
 # what is typed → a condition of evaluate.py
 COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}
@@ -25,10 +24,9 @@ COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
     a("--max-new-tokens", type=int, help="length of an answer (as in the run)")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -106,6 +104,7 @@ def converse(net, chat, conditions, room, length, ask):
 
 def main(argv=None):
     o = options(argv)
+    check_numbers(o)
     check_device(o.device)
     config, chat, _ = reopen(o.run)
     length = config["max_new_tokens"] if o.max_new_tokens is None else o.max_new_tokens

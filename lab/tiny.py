@@ -32,7 +32,7 @@ import model
 from chat import Chat, collate
 from data import Sample
 from files import InputError, read_json, replacing, write_json
-from run import cli, duration, markdown
+from run import Parser, check_numbers, cli, duration, markdown
 
 MARKER = ".made"  # names the files that were made: a folder with others in it is left as it is
 
@@ -577,8 +577,7 @@ def fill(folder, hidden, layers, steps, seed, say):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     a = p.add_argument
     a("--out", default="tiny", help="folder to write; replaced when all is done")
     a("--hidden", type=int, default=128, help=f"width d, a multiple of {HEAD_DIM}")
@@ -586,6 +585,7 @@ def main():
     a("--steps", type=int, default=1300, help="training steps")
     a("--seed", type=int, default=0, help="of the world, the weights and the order of lines")
     o, started = p.parse_args(), time.time()
+    check_numbers(o)
     score = make(**vars(o))
     rows = [[kind, f"{100 * share:.1f} %"] for kind, share in score.items()]
     print("\n" + markdown(["held out", "right"], rows))
