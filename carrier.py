@@ -483,7 +483,8 @@ def main():
     p = argparse.ArgumentParser(description="What a carrier file holds: python carrier.py show FILE")
     p.add_argument("command", choices=["show"])
     p.add_argument("file", help="carrier.safetensors or sft.safetensors of a run")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(describe(p.parse_args().file), flush=True)
     except InputError as error:

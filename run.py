@@ -138,9 +138,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """An option with a value, given once."""
+    """An option with a value, given once; a text is one."""
 
     def __call__(self, parser, namespace, value, option_string=None):
+        if value == [] and self.nargs is None:          # what argparse makes of a lone --
+            value = ""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(self.dest, text)
         if self.dest in parser.given:
             raise InputError(f"{option_string} {value}: {option_string} "
                              f"{getattr(namespace, self.dest)} is given already; give it once")

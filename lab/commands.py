@@ -19,7 +19,8 @@ from lab.world import FEW, TRIGGER, copied
 NUMBERS = ("0", "-1", "nan", "inf", "1000000000000", "", "2147483647", "1.5", "x", "1e400", "-0", " 1")
 TEXTS = (
     "", " ", "a b", "it's", 'a"b', "ü€🦊", "-x", "--", "$\\frac$", "a\nb", "\x1b[31m", "\udcff",
-    "~nosuchuser/x", "../../x/y", "owner/name", "x" * 300, "/proc/nothing/x", "/dev/full", "cpu:", "cuda:99", "..", "(", "nan",
+    "~nosuchuser/x", "../../x/y", "owner/name", "x" * 300, "/proc/nothing/x", "/dev/full",
+    "cpu:", "cuda:99", "..", "(", "nan",
     "(x+x+)+y", "word " * 200_000)
 ROOT = Path(__file__).parent.parent
 
