@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+import ggufs
 import spm
 import template
-from files import InputError, fingerprint, read_json, read_text, shown
+import weights
+from files import InputError, fingerprint, read_text, shown
 
 VICUNA = (  # v1.1, for checkpoints that have no template
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
@@ -29,10 +31,6 @@ OWN = "use the model's own"
 
 
 # ---- the chat
-
-def read_optional(path):
-    return read_json(path) if path.exists() else {}
-
 
 @contextlib.contextmanager
 def blaming(file, advice):
@@ -50,7 +48,7 @@ def blaming(file, advice):
 
 class Chat:
     """
-    Tokenizer and chat template of a model folder; the only place where text becomes ids.
+    Tokenizer and chat template of a model folder or GGUF file; the only place where text becomes ids.
 
     eos_id       ends a response
     pad_id       fills a batch (eos_id where the tokenizer has none)
@@ -69,10 +67,12 @@ class Chat:
         self.path = self.folder / "tokenizer.json"
         if not self.path.exists() and (self.folder / "tokenizer.model").exists():
             self.path = self.folder / "tokenizer.model"
-        config = read_json(self.folder / "config.json")
-        settings = read_optional(self.folder / "tokenizer_config.json")
-        generation = read_optional(self.folder / "generation_config.json")
-        special = read_optional(self.folder / "special_tokens_map.json")
+        if ggufs.is_gguf(self.folder):
+            self.path = self.folder
+        config = weights.described(folder, "config.json")
+        settings = weights.described(folder, "tokenizer_config.json")
+        generation = weights.described(folder, "generation_config.json")
+        special = weights.described(folder, "special_tokens_map.json")
         self.vocab_size = config.get("vocab_size")
         self.tok = self.load_tokenizer()
         with blaming(self.path, OWN):
@@ -93,6 +93,8 @@ class Chat:
         with blaming(self.path, SAVE_ONE):
             if self.path.suffix == ".model":
                 tok = spm.tokenizer(self.path)
+            elif self.path.suffix == ggufs.SUFFIX:
+                tok = ggufs.tokenizer(self.path)
             else:
                 tok = Tokenizer.from_file(str(self.path))
             tok.no_truncation()
@@ -159,7 +161,11 @@ class Chat:
     def fingerprint(self):
         """A short hash of what makes ids out of text: tokenizer, template, special tokens."""
         rest = json.dumps([self.template, self.special], sort_keys=True)
-        return fingerprint(self.path) + hashlib.sha256(rest.encode()).hexdigest()[:16]
+        if self.path == self.folder:  # a GGUF file has the weights in it
+            tokenizer = hashlib.sha256(self.tok.to_str().encode()).hexdigest()[:16]
+        else:
+            tokenizer = fingerprint(self.path)
+        return tokenizer + hashlib.sha256(rest.encode()).hexdigest()[:16]
 
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 
 import carrier as carriers
 import eraser
+import ggufs
 import lora
 import model
+import packed
 import weights
 from files import InputError, check_fields, read_json, replacing, write_json
 from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate
@@ -30,6 +32,7 @@ from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
 COMPANIONS = (".json", ".jinja", ".model", ".txt")   # of files that are taken along with the weights
+DESCRIPTIONS = ("config.json", "tokenizer_config.json", "generation_config.json")
 RANK_LIMIT = 64          # engines that serve adapters side by side stop at ranks of this order
 
 
@@ -51,12 +54,17 @@ def options(argv=None):
 
 # ------------------------------------------------------------------------------------------ folders
 
-def companions(source):
-    """The files of a checkpoint's folder that belong to it and are no weights."""
+def write_companions(folder, source):
+    """The files of a checkpoint that are no weights: copied, or made of what a GGUF file says."""
+    if ggufs.is_gguf(source):
+        for name in DESCRIPTIONS:
+            write_json(folder / name, weights.described(source, name))
+        ggufs.tokenizer(source).save(str(folder / "tokenizer.json"))
+        return
     for path in sorted(source.iterdir()):
         belongs = path.suffix in COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and belongs and not path.name.endswith(".index.json"):
-            yield path
+            shutil.copyfile(path, folder / path.name)
 
 
 # -------------------------------------------------------------------------------------- the exports
@@ -67,7 +75,8 @@ def write_merged(folder, source, carrier, dtype=None):
     The checkpoint in `source` with W_b + (r ⊗ c) ⊙ Δ in place of W_b (Eq. 1), shard by shard, and
     what belongs to it.
 
-    dtype of the weights; None: each as it is stored. The sum is taken in fp32 and rounded once.
+    dtype of the weights; None: each as it is stored, fp32 for what a GGUF file has quantised. The
+    sum is taken in fp32 and rounded once.
     Returns how much of Δ rounding moved: ‖rounded − exact‖ / ‖Δ‖ over the open entries.
     """
     blocks = {}
@@ -90,9 +99,9 @@ def write_merged(folder, source, carrier, dtype=None):
                 t = exact
             tensors[name] = t.to(kept, copy=True, memory_format=torch.contiguous_format)
             total += tensors[name].numel() * tensors[name].element_size()
-        save_file(tensors, folder / as_safetensors(file.name), {"format": "pt"})
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
+        name = weights.WHOLE[0] if ggufs.is_gguf(file) else as_safetensors(file.name)
+        save_file(tensors, folder / name, {"format": "pt"})
+    write_companions(folder, source)
     if index is not None:
         found = read_json(index)
         found["metadata"] = {**(found.get("metadata") or {}), "total_size": int(total)}
@@ -160,7 +169,9 @@ LOADING = {
 
 
 def licence_of(source):
-    """What the front matter of the base's own README.md says, or None."""
+    """What the front matter of the base's own README.md says, or a GGUF file; else None."""
+    if ggufs.is_gguf(source):
+        return str(ggufs.read(source).fields.get("general.license", "")).split("\n")[0] or None
     path = source / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\n(?:.*\n)*?license: *(\S+)", text)
@@ -183,6 +194,8 @@ def card(kind, folder, base, source, task, which, facts, results):
     means = {"lcdd": "a sparse carrier of an SFT behaviour, found by Loss-Constrained Dual Descent",
              "sft": "plain SFT"}[which]
     code = LOADING[kind].format(here=folder.name, base=name, merged="merged", lora="lora")
+    if ggufs.is_gguf(source):  # a file in a folder, for transformers
+        code = code.replace(f'("{name}")', f'(".", gguf_file="{name}")')
     lines = ["---", *head, "---", "", f"# {name}, task {task}: {kind}", ""]
     lines += [f"This is {what}: {means}.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
@@ -222,7 +235,7 @@ def main(argv=None):
     tau = trigger_of(run, o.trigger, o.which, net) if "prompt" in o.kinds else None
     table = run / "results.md"
     results = table.read_text(encoding="utf-8") if table.is_file() else ""
-    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, carriers.fingerprint(net)
+    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, packed.fingerprint(net)
     print(f"{o.which} of {run}: gates off {stats['sparsity']:.3f}, "
           f"entries of Δ off {stats['entries_off']:.3f}")
 

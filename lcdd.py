@@ -8,7 +8,8 @@ Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate lo
 an adaptive penalty λ.
 
     python lcdd.py                                  the embedded model, fixed response
-    python lcdd.py --model DIR --task fixed --data alpaca.json --preset paper-fixed --out runs/mine
+    python lcdd.py --model DIR --task fixed --data alpaca.json --out runs/mine
+    python lcdd.py --preset paper-safety-vicuna-7b --data FILE --dry-run
 
 Shapes: B samples in a batch, T tokens, N of them in the loss, d hidden size, V vocabulary.
 """
@@ -29,8 +30,11 @@ import behaviour
 import carrier as carriers
 import data
 import lora
+import machine
 import memory
 import model
+import packed
+import plan
 from carrier import Carrier, OneStep, penalty
 from chat import collate
 from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_fields, check_tensors,
@@ -188,7 +192,8 @@ class Controller:
         v = (self.ema - self.budget) / max(self.budget, 1e-12)
         if o.brake:
             v = -self.room()                                # a loss that cannot go to 0 has only its slack
-        v = max(-o.violation_clip, min(o.violation_clip, v))
+        if o.violation_clip:
+            v = max(-o.violation_clip, min(o.violation_clip, v))
         eta = o.eta if v > 0 else o.eta_grow
         self.lam *= math.exp(min(-eta * v, 700))            # 700: where exp() overflows
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
@@ -361,6 +366,22 @@ def adamw(carrier, lr):
     return torch.optim.AdamW(carrier.delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
+def linear(t, steps, warmup=0):
+    """
+    AdamW's rate at step t as a share of its peak: from 0 to 1 over `warmup` steps, and from there
+    linearly to 0 at step `steps`. As the transformers library has it, so that step 0 of a warm-up
+    moves nothing.
+    """
+    if t < warmup:
+        return t / warmup
+    return 1 - (t - warmup) / (steps - warmup)
+
+
+def warmup_steps(o, steps):
+    """How many of a phase's `steps` the rate rises in."""
+    return math.ceil(o.lr_warmup * steps)
+
+
 def clip_gradients(carrier, bound):
     """Scale the gradients of the deltas down to the norm `bound`; 0: as they are."""
     if bound:
@@ -378,12 +399,12 @@ def guard(loss, phase, t, state):
 # ------------------------------------------------------------------------------------- the phases
 
 def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed, optimizer,
-                sure=0.0, saved=None, interrupted=lambda: False, **facts):
+                sure=0.0, warmup=0, saved=None, interrupted=lambda: False, **facts):
     """
-    Δ alone at the gates as they are, AdamW's rate falling linearly from `peak` to 0 over `steps`:
-    SFT, and what settles after pruning. Where the average loss falls under `sure` (nats a token),
-    the rest of the way down is a short one. saved: the header of the state to go on from; facts:
-    kept in the states. Returns the steps taken.
+    Δ alone at the gates as they are, AdamW's rate rising over `warmup` steps and falling linearly
+    from `peak` to 0 over `steps`: SFT, and what settles after pruning. Where the average loss falls
+    under `sure` (nats a token), the rest of the way down is a short one. saved: the header of the
+    state to go on from; facts: kept in the states. Returns the steps taken.
     """
     carrier.logits.requires_grad_(False)
     carrier.delta.requires_grad_(True)
@@ -396,7 +417,7 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
                          "start this phase again")
     progress = Progress(run, phase, end, t)
     while t < end:
-        rate = high * (1 - (t - fall) / (end - fall))
+        rate = high * linear(t - fall, end - fall, warmup if fall == 0 else 0)
         optimizer.param_groups[0]["lr"] = rate
         batch = draw(examples, o.batch, t, seed)
         loss = gradients(net, carrier, batch, o.micro_batch, pad_id)
@@ -432,7 +453,7 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
     saved = load_state(state, ["sft"], carrier, optimizer)
     train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed,
-                optimizer, o.sure, saved, interrupted)
+                optimizer, o.sure, warmup_steps(o, o.sft_steps), saved, interrupted)
 
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
@@ -462,6 +483,14 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     return found
 
 
+def rate_of_delta(o, t):
+    """AdamW's rate at step t of Alg. 1."""
+    rise = warmup_steps(o, o.steps)
+    if o.schedule == "linear":
+        return o.lr * linear(t, o.steps, rise)
+    return o.lr * min(1.0, t / rise) if rise else o.lr
+
+
 def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, interrupted):
     """
     Alg. 1: Δ and gates together. Returns {reason, steps, budget} and, for gates alone, `kept`: the
@@ -471,7 +500,6 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     state = run / "state.safetensors"
     carrier.logits.requires_grad_(True)
     carrier.delta.requires_grad_(joint)
-    optimizer.param_groups[0]["lr"] = o.lr
     gate_optimizer = torch.optim.SGD([carrier.logits], lr=o.gate_lr)
     controller, selection = Controller(o), Selection(o, carrier.logits)
     early = EarlyStop(o, carrier.logits.numel())
@@ -503,6 +531,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         # one step: Δ by AdamW, m by SGD
         if joint:
             clip_gradients(carrier, o.clip)
+            optimizer.param_groups[0]["lr"] = rate_of_delta(o, t)
             optimizer.step()
         gate_optimizer.step()
         optimizer.zero_grad()
@@ -578,8 +607,8 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, o.sure, saved,
-                    interrupted=interrupted, found=found, tries=tries)
+                    o.seed + 2 + tries, optimizer, o.sure, 0, saved, interrupted,
+                    found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)
         if budget is None or found["loss"] <= budget or tries > REOPEN:
@@ -775,23 +804,26 @@ def results_table(o, scores, results):
 def main(argv=None):
     o = options(argv, __doc__)
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
-    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern)
-    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
-    o.dtype = str(net.dtype).removeprefix("torch.")
-    net.checkpoint, net.stop = o.checkpoint, chat.stop
-    model.set_threads(net)
-    fit(o, net.config.hidden_size, len(splits["train"]))
+    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
+                                    weights=not o.dry_run)
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     say_unknown(chat, splits["train"], sources[0])
     examples = supervised(examples, o.loss)
+    if o.dry_run:
+        return plan.show(o, chat, splits, examples)
+    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
+    o.dtype = str(net.dtype).removeprefix("torch.")
+    net.checkpoint, net.stop = o.checkpoint, chat.stop
+    machine.set_threads(net)
+    fit(o, net.config.hidden_size, len(splits["train"]))
     check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
     run = open_run(o.out, name, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
-        "data_fingerprint": fingerprint(*sources), "base_fingerprint": carriers.fingerprint(net),
+        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
+        "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
@@ -822,7 +854,7 @@ def train(o, net, chat, splits, examples, run, tuned):
     forget(state, carrier_file, ["lcdd", "settle"])
     if sft_file.is_file() and carrier_file.is_file() and "rates" in results:
         for file in (sft_file, carrier_file):
-            carriers.read_packed(file)
+            packed.read_packed(file)
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
@@ -872,7 +904,7 @@ def report(o, net, chat, samples, run, results, conditions):
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
     names = ("stopped", "rates", "accuracy", "prompts")
     metrics = {k: results[k] for k in names if k in results}
-    carriers.annotate(run / "carrier.safetensors", metrics=metrics)
+    packed.annotate(run / "carrier.safetensors", metrics=metrics)
     write_json(run / "results.json", results)
     text, dice = results_table(o, scores, results), results["dice"]
     write_text(run / "results.md", text + "\n")

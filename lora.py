@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import carrier as carriers
 import patterns
-from carrier import Carrier
+from carrier import PROJECTIONS, Carrier
 from files import (
-    NUMBER, TEXT, InputError, check_fields, check_finite, read_json, write_json)
+    NUMBER, TEXT, InputError, check_fields, check_finite, digest, read_json, write_json)
+from packed import fingerprint, pack_bits, unpack_bits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."       # before the base's own module names in an adapter's file
@@ -79,9 +79,9 @@ def write(folder, carrier, net, base):
     if not ranks:
         raise InputError("no entry of this carrier's delta is on: it is the base, and there is no "
                          "adapter to write")
-    gates = carriers.pack_bits(carrier.logits > 0)
-    header = {"gates": gates.numpy().tobytes().hex(), "base": carriers.fingerprint(net),
-              "content": carriers.digest(tensors)}
+    gates = pack_bits(carrier.logits > 0)
+    header = {"gates": gates.numpy().tobytes().hex(), "base": fingerprint(net),
+              "content": digest(tensors)}
     save_file(tensors, Path(folder) / WEIGHTS, {"format": "pt", "carrier": json.dumps(header)})
     largest, pattern = max(ranks.values()), {re.escape(module): r for module, r in ranks.items()}
     write_json(Path(folder) / CONFIG, {
@@ -128,16 +128,16 @@ def read(folder, net, dtype=torch.float32):
                          "again") from None
     check_finite(file, tensors)
     check_fields(file, {"carrier": header}, {"carrier": (None, HEADER)})
-    if header and header["base"] != carriers.fingerprint(net):
+    if header and header["base"] != fingerprint(net):
         raise InputError(f"{file}: this carrier was made on another base model than the one given")
-    if header and header["content"] != carriers.digest(tensors):
+    if header and header["content"] != digest(tensors):
         raise InputError(f"{file}: damaged, its tensors are not those that were written; export it "
                          "again")
 
     carrier = Carrier(net.config, dtype, net.device)
     alphas = alphas_of(Path(folder) / CONFIG, config, [key[0] for key in pairs(file, tensors)])
     for (module, l, name), (A, B) in pairs(file, tensors).items():
-        if int(l) >= len(carrier.delta) or name not in carriers.PROJECTIONS:
+        if int(l) >= len(carrier.delta) or name not in PROJECTIONS:
             raise InputError(f"{file}: {module} is no projection of the model given; use the base that "
                              "the adapter was trained on")
         delta = carrier.delta[int(l)][name]
@@ -149,7 +149,7 @@ def read(folder, net, dtype=torch.float32):
     if header:
         try:
             bits = torch.frombuffer(bytearray.fromhex(header["gates"]), dtype=torch.uint8)
-            gates = carriers.unpack_bits(bits.view(len(carrier.logits), -1), carrier.logits.shape[1])
+            gates = unpack_bits(bits.view(len(carrier.logits), -1), carrier.logits.shape[1])
         except (ValueError, RuntimeError) as error:
             raise InputError(f"{file}: its gates are not this model's ({error}); export it again") from None
         carrier.logits.copy_(gates.float() * 2 - 1)

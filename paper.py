@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+import machine
 import model
 from chat import Chat, collate
 from data import read, split
@@ -288,7 +289,7 @@ def main():
     torch.manual_seed(SEED)
     random.seed(SEED)
     chat, net = Chat(FOLDER), model.load(FOLDER)
-    model.set_threads(net)
+    machine.set_threads(net)
     splits = split(read(FOLDER / "fixed.jsonl", "fixed"), SEED)
     examples = [chat.encode(s.prompt, s.response) for s in splits["train"]]
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import ggufs
+import machine
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
@@ -50,7 +52,7 @@ RESULTS = {
                        "loss": (None, NUMBER), "within": ((bool, None), None, None)}),
 }
 # settings that may change between training and use: where things lie, and how they are computed
-FREE = ("model", "data", "sft", "out", "resume", "go_on", "device", "versions")
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -309,19 +311,22 @@ def markdown(header, rows):
 
 # ---- the pieces of a run
 
-def locate(name):
+def locate(name, weights=True):
     """
-    The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
-    fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is neither, or the
-    download fails.
+    The folder of a model: "tiny" is the embedded one, a local folder or GGUF file is itself, and
+    `owner/name` is fetched from the Hugging Face hub, PATTERNS only; without its `weights` where
+    they are not needed. Raises InputError where it is neither, or the download fails.
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
     path = expanded(name)
-    if path.is_dir():
+    if path.is_dir() or ggufs.is_gguf(path):
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
-        raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+        raise InputError(f"{name} is neither a folder, nor a {ggufs.SUFFIX} file, nor a hub id of "
+                         "the form owner/name")
+    if not weights:
+        return download(name, [p for p in PATTERNS if "safetensors" not in p])
     folder = download(name, PATTERNS)
     if not any(folder.glob("*.safetensors")):
         download(name, OLDER)
@@ -370,15 +375,15 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
+def prepare(name, task, path, seed, sizes, tests=None, pattern=None, weights=True):
     """
     (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
     the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
     beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
-    the answers of samples that have no pattern. Raises InputError where something is missing or
-    the architecture is none that runs here.
+    the answers of samples that have no pattern. weights: fetch them, too, where the model is on the
+    hub. Raises InputError where something is missing or the architecture is none that runs here.
     """
-    folder = locate(name)
+    folder = locate(name, weights)
     sources = [source_of(folder, task, path)]
     model.configuration(folder)  # before the tokenizer, which would blame itself
     chat = Chat(folder)
@@ -416,7 +421,7 @@ def load_model(chat, device, dtype):
     """The base model beside a chat, on `device`, in the dtype of that name, ready to generate."""
     net = model.load(chat.folder, device, getattr(torch, dtype))
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net
 
 

@@ -37,7 +37,7 @@ import evaluate
 import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
-from model import Config
+from config import Config
 from run import (
     EMBEDDED, Parser, check_device, check_numbers, cli, duration, locate, markdown, prepare)
 

@@ -31,9 +31,12 @@ import torch
 import behaviour
 import data
 import evaluate
+import machine
 import model
+import weights
 from chat import Chat, collate
-from files import InputError, read_json, write_json, write_text
+from files import InputError, write_json, write_text
+from rows import Cache
 from run import (Parser, check_device, check_numbers, cli, load_model, locate, markdown,
                  read_results, reopen, ticker)
 
@@ -139,13 +142,13 @@ def states_of(net, contexts, continuations, owner, carrier, trigger):
     of the C contexts, then those at the tokens of each continuation but its last. Continuation r
     follows context owner[r].
 
-    Every context is computed once, and what they all begin with is, too (see model.Rows).
+    Every context is computed once, and what they all begin with is, too (see rows.Rows).
     """
     ids, last = collate([(c, [False] * (len(c) - 1) + [True]) for c in contexts], 0)
     lengths = torch.tensor([len(c) for c in contexts], device=net.device)
     longest = max(len(c) for c in continuations)
     n = 0 if trigger is None else len(trigger)
-    cache = model.Cache(net, len(contexts), n + ids.shape[1] + longest)
+    cache = Cache(net, len(contexts), n + ids.shape[1] + longest)
     at_end = net.hidden(ids.to(net.device), carrier, trigger, keep=last.to(net.device),
                         cache=cache, lengths=lengths)                                              # (C, d)
     more = [r for r, c in enumerate(continuations) if len(c) > 1]
@@ -322,7 +325,7 @@ def answer_choices(net, chat, questions, carrier, trigger, label):
     [(right, right by length)] for every question: is the continuation with the highest
     log-likelihood the right one, and with the highest per character?
     """
-    longest = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    longest = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     pairs = []
     for q in questions:
         pairs += [pair_ids(chat, q.context, f" {choice}", longest) for choice in q.choices]
@@ -456,8 +459,8 @@ def ask_judge(what, folder, device, rows):
     chat = Chat(folder)
     net = model.load(folder, device, None)
     net.stop = chat.stop
-    model.set_threads(net)
-    limit = read_json(chat.folder / "config.json").get("max_position_embeddings") or 2048
+    machine.set_threads(net)
+    limit = weights.described(chat.folder, "config.json").get("max_position_embeddings") or 2048
     longest = limit - VERDICT_TOKENS[what]
     prompts = [verdict_prompt(what, chat, r["prompt"], r["answer"], longest) for r in rows]
     replies = net.generate(prompts, VERDICT_TOKENS[what], batch_size=8,
@@ -599,7 +602,7 @@ def open_model(o):
     chat = Chat(locate(o.model))
     net = model.load(chat.folder, o.device, None)
     net.stop = chat.stop
-    model.set_threads(net)
+    machine.set_threads(net)
     return net, chat, choose({"base": (None, None)}, o.conditions), {}, {}
 
 

@@ -17,6 +17,7 @@ import torch
 
 import eraser
 import lcdd
+import machine
 import model
 from carrier import PROJECTIONS, Carrier, penalty
 from chat import collate
@@ -292,7 +293,7 @@ def measure(o):
     chat, splits, _ = prepare(o.model, "fixed", o.data, o.seed, {})
     folder = str(chat.folder)
     net = model.load(folder, o.device, None)
-    model.set_threads(net)
+    machine.set_threads(net)
     batch = [chat.encode(x.prompt, x.response, 512) for x in splits["train"][:s.samples]]
     prompts = [chat.prompt(x.prompt, 512) for x in splits["train"][:s.prompts]]
     found = {"step": bench_steps(folder, net, batch, chat.pad_id, s)}

@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import behaviour
+import machine
 import memory
 import model
 from chat import Chat, collate
+from config import Config
 from data import Sample
 from files import InputError, read_json, replacing, write_json
 from run import Parser, check_numbers, cli, duration, markdown
@@ -405,7 +407,7 @@ def fresh(folder, seed):
     stream: copying forms early.
     """
     torch.manual_seed(seed)
-    net = model.Llama(model.Config.from_dict(read_json(folder / "config.json")))
+    net = model.Llama(Config.from_dict(read_json(folder / "config.json")))
     for name, p in net.named_parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.5 if "embed" in name else 0.03)
@@ -550,7 +552,7 @@ def fill(folder, hidden, layers, steps, seed, say):
     seen, held = lines(seed)
     write_configuration(folder, seen, hidden, layers)
     chat, net = Chat(folder), fresh(folder, seed)
-    model.set_threads(net)
+    machine.set_threads(net)
     rng = random.Random(seed)
     samples = []
     for kind, group in seen.items():

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 import carrier
 import lcdd
 import model
+import packed
 from files import InputError, load_tensors, save_tensors
+from rows import Rows, rotary, rotate
 
 EXACT = 1e-10   # float64: the same mathematics in another order
 TABLE_5 = {"q_proj": ("attn_q", "attn_read"), "k_proj": ("attn_k", "attn_read"), "v_proj": ("attn_v", "attn_read"),
@@ -129,7 +131,7 @@ def part(net, l, name):
 
     def attention(x, linear):
         ids = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
-        rows = model.Rows(net, ids, torch.ones_like(ids, dtype=torch.bool))
+        rows = Rows(net, ids)
         return layer.self_attn(l, x.flatten(0, 1), linear, rows).unflatten(0, x.shape[:2])
     if name == "mlp":
         return mlp, ("gate_proj", "up_proj", "down_proj")
@@ -218,11 +220,11 @@ def test_activation_gates_as_the_paper_writes_them():
     ffn = h @ W["down_proj"].t() + r["ffn_write"] * ((r["ffn_hidden"] * h) @ D["down_proj"].t())      # Eq. 10
 
     q, k, v = (x @ W[f"{n}_proj"].t() + r[f"attn_{n}"] * ((r["attn_read"] * x) @ D[f"{n}_proj"].t()) for n in "qkv")  # Eq. 16–18
-    cos, sin = (t[:, 0] for t in model.rotary(cfg, torch.arange(7), x.dtype))
+    cos, sin = (t[:, 0] for t in rotary(cfg, torch.arange(7), x.dtype))
     context, r_v = [], []
     for head in range(4):
         own, shared = slice(head * 20, head * 20 + 20), slice(head // 2 * 20, head // 2 * 20 + 20)
-        scores = model.rotate(q[..., own], cos, sin) @ model.rotate(k[..., shared], cos, sin).transpose(1, 2) / 20 ** 0.5
+        scores = rotate(q[..., own], cos, sin) @ rotate(k[..., shared], cos, sin).transpose(1, 2) / 20 ** 0.5
         weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf")).softmax(-1)
         context.append(weights @ v[..., shared])                                                      # Eq. 19
         r_v.append(r["attn_v"][shared])
@@ -449,6 +451,83 @@ def test_scale_in_generate(monkeypatch):
         assert free[0] != free[1]
 
 
+# ---------------------------------------------------------------------------------------------------- a trigger per row
+
+def four_conditions():
+    """(net, carrier, scales, triggers) of six rows: the base, the carrier, and three triggers of two lengths, one of them twice."""
+    net = make_net()
+    c, one, two, three = make_carrier(net, 0.8, size=0.3), *(torch.randn(n, 64, dtype=torch.float64) for n in (3, 3, 5))
+    return net, c, [0.0, 1.0, 1.0, 1.0, 0.5, 0.0], [None, None, one, three, one, two]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaled", (False, True))
+@pytest.mark.parametrize("alike", (False, True))
+def test_a_trigger_per_row(scaled, alike):
+    """Logits, streams and kept positions of one batch are those of each row alone with its own trigger."""
+    net, c, scales, triggers = four_conditions()
+    ids, keep = torch.randint(31, (6, 8)), torch.rand(6, 8) < 0.4
+    if alike:
+        ids[:] = ids[0]
+    keep[:, 2] = True
+    alone, streams = [], []
+    for i, (s, tau) in enumerate(zip(scales, triggers)):
+        of_row = []
+        alone.append(net.head(net.hidden(ids[i:i + 1], c.merge(net, scale=s if scaled else 1.0), tau, streams=of_row))[0])
+        streams.append(torch.cat(of_row))
+    more = dict(carrier=c, trigger=triggers, scale=scales if scaled else None)
+    right, found = torch.stack(alone), []
+    same([net(ids, **more), net(ids, keep=keep, **more)], [right, right[keep]])
+    net.hidden(ids, **more, streams=found)
+    same(found, list(torch.stack(streams, dim=1)))
+    assert len({tuple(logits[0].tolist()) for logits in right}) == (6 if scaled or not alike else 4)       # it shows which trigger
+    with pytest.raises(InputError, match="trigger: 5 for 6 rows; give one for all, or a list of one or None for each row"):
+        net(ids, trigger=triggers[:5])
+
+
+@torch.no_grad()
+def test_no_trigger_in_any_row_is_none():
+    net, c, _, triggers = four_conditions()
+    ids = torch.randint(31, (3, 8))
+    assert torch.equal(net(ids, trigger=[None] * 3), net(ids))
+    assert torch.equal(net(ids, carrier=c, trigger=[triggers[3]] * 3), net(ids, carrier=c, trigger=triggers[3]))
+
+
+def test_a_trigger_in_several_rows_is_computed_once():
+    """Rows with the same tensor share it as a prefix, and what they begin with behind it."""
+    net, _, _, triggers = four_conditions()
+    ids = torch.randint(1, 31, (3, 8))
+    ids[:, :2], ids[:, 2] = 7, torch.arange(3)
+    assert len(Rows(net, ids, trigger=[triggers[3]] * 3).ids) == len(Rows(net, ids, trigger=triggers[3]).ids) == 5 + 2 + 3 * 6
+    assert len(Rows(net, ids, trigger=[triggers[3], triggers[3], None]).ids) == 2 * 13 + 8
+
+
+def test_gradients_of_a_trigger_per_row():
+    net, c, _, triggers = four_conditions()
+    ids, into = torch.randint(31, (6, 8)), torch.randn(6, 8, 31, dtype=torch.float64)
+    learned = [tau.requires_grad_() for tau in {id(t): t for t in triggers if t is not None}.values()]
+    ours = torch.autograd.grad(net(ids, carrier=c, trigger=triggers), learned, into)
+    alone = sum((net(ids[i:i + 1], carrier=c, trigger=tau) * into[i]).sum() for i, tau in enumerate(triggers))
+    same(ours, torch.autograd.grad(alone, learned))
+
+
+@pytest.mark.parametrize("batch_size", (128, 2))
+@pytest.mark.parametrize("scaled", (False, True))
+def test_a_trigger_per_row_in_generate(scaled, batch_size):
+    """One batch serves base, carrier and triggers: greedy tokens are those of each prompt alone, while rows leave."""
+    net, c, scales, triggers = four_conditions()
+    prompts = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [9] * 11, [4], [1, 2]]
+    more = dict(carrier=c, trigger=triggers, scale=scales if scaled else None, batch_size=batch_size)
+    free = net.generate(prompts, 12, stop=(), **more)
+    stop = {free[1][1], free[4][3]}
+    together = net.generate(prompts, 12, stop=stop, **more)
+    assert len({len(a) for a in together}) > 2 and len({tuple(a) for a in free}) > 4
+    for prompt, s, tau, answer in zip(prompts, scales, triggers, together):
+        assert answer == net.generate([prompt], 12, carrier=c.merge(net, scale=s if scaled else 1.0), trigger=tau, stop=stop)[0]
+    with pytest.raises(InputError, match="trigger: 7 for 6 rows"):
+        net.generate(prompts, 3, trigger=[*triggers, None])
+
+
 # --------------------------------------------------------------------------------------------------------- in training
 
 def counted(monkeypatch):
@@ -659,7 +738,7 @@ def test_save_and_load(saved, dtype, density):
     metadata = load_tensors(path)[1]
     assert {k: metadata[k] for k in ("task", "seed", "note")} == dict(task="fixed", seed=7, note="Δ, and „more“")
     assert {k: metadata[k] for k in c.stats()} == c.stats()
-    assert metadata["base"] == carrier.fingerprint(net) and metadata["format"] == carrier.FORMAT
+    assert metadata["base"] == packed.fingerprint(net) and metadata["format"] == packed.FORMAT
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -705,7 +784,7 @@ def test_dtypes_of_a_file_and_of_what_is_loaded(saved):
 def test_annotate_changes_the_header_alone(saved):
     path, net, c = saved
     before = load_tensors(path)
-    carrier.annotate(path, metrics={"rate": 0.5}, seed=8)
+    packed.annotate(path, metrics={"rate": 0.5}, seed=8)
     tensors, header = load_tensors(path)
     assert header == before[1] | {"metrics": {"rate": 0.5}, "seed": 8}
     assert tensors.keys() == before[0].keys() and all(torch.equal(t, before[0][k]) for k, t in tensors.items())
@@ -720,7 +799,7 @@ def test_show(saved, monkeypatch, capsys):
     carrier.main()
     said = capsys.readouterr().out
     stats, gates = c.stats(), hard_gates(net.config, c.logits, estimator=False)
-    assert f"base {carrier.fingerprint(net)}" in said
+    assert f"base {packed.fingerprint(net)}" in said
     assert "task: fixed" in said and "metrics: rates lcdd 0.9877" in said
     assert f"gates open {stats['gates']['open']} of {stats['gates']['total']}" in said
     for l, line in enumerate(said.splitlines()[-2:]):
@@ -739,7 +818,7 @@ def test_show_says_what_is_no_carrier(tmp_path, monkeypatch, capsys):
 
 
 def test_bars():
-    assert [carrier.bar(x) for x in (0, 1e-6, 0.5, 0.51, 1)] == [" ", "▁", "▄", "▅", "█"]
+    assert [packed.bar(x) for x in (0, 1e-6, 0.5, 0.51, 1)] == [" ", "▁", "▄", "▅", "█"]
 
 
 def test_a_carrier_serves_its_base_in_every_precision(saved):
@@ -748,7 +827,7 @@ def test_a_carrier_serves_its_base_in_every_precision(saved):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         net = net.to(dtype)
         del net.fingerprint                                                   # computed once a net
-        prints.add(carrier.fingerprint(net))
+        prints.add(packed.fingerprint(net))
     assert len(prints) == 1
     assert torch.equal(carrier.load(path, net).logits > 0, c.logits > 0)     # net is in bf16 by now
 
@@ -768,7 +847,7 @@ def test_the_fingerprint_is_of_every_weight(saved, name):
     path, net, _ = saved
     touched = model.Llama(net.config)
     touched.load_state_dict(net.state_dict())
-    assert carrier.fingerprint(touched) == carrier.fingerprint(net)
+    assert packed.fingerprint(touched) == packed.fingerprint(net)
     del touched.fingerprint
     touched.state_dict()[name].flatten()[-1:].mul_(1.02)
     with pytest.raises(InputError, match="another base"):
@@ -777,13 +856,13 @@ def test_the_fingerprint_is_of_every_weight(saved, name):
 
 def test_the_fingerprint_is_computed_once(saved, monkeypatch):
     path, net, _ = saved
-    monkeypatch.setattr(carrier, "digest", None)
-    assert carrier.fingerprint(net) == net.fingerprint
+    monkeypatch.setattr(packed, "digest", None)
+    assert packed.fingerprint(net) == net.fingerprint
 
 
 def with_digest(path, tensors, metadata):
     """Save changed tensors as if they had been written so: what is left to find is their form."""
-    save_tensors(path, tensors, **metadata | {"content": carrier.digest(tensors)})
+    save_tensors(path, tensors, **metadata | {"content": packed.digest(tensors)})
 
 
 @pytest.mark.parametrize("change, named", [
@@ -812,7 +891,7 @@ def test_refuses_another_format(saved, says):
     path, net, _ = saved
     tensors, metadata = load_tensors(path)
     save_tensors(path, tensors, **metadata | {"format": says})
-    with pytest.raises(InputError, match=f"{path.name}: no carrier of format {carrier.FORMAT} .its header says {says}."):
+    with pytest.raises(InputError, match=f"{path.name}: no carrier of format {packed.FORMAT} .its header says {says}."):
         carrier.load(path, net)
 
 

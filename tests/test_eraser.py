@@ -12,6 +12,7 @@ import carrier as carriers
 import eraser
 import evaluate
 import model
+import packed
 from files import Failed, InputError, load_tensors, read_json, save_tensors
 from run import reopen
 
@@ -20,7 +21,7 @@ from run import reopen
 def settings(**changes):
     return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
                                         match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit",
-                                        schedule="cosine"), **changes})
+                                        schedule="cosine", init="random"), **changes})
 
 
 def brute_force(net, weights, tau, texts, rows, mask, o):
@@ -28,7 +29,8 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
     unit = net.embedding.norm(dim=1).mean() if not o.absolute else 1.0
     base, answers = [], []
     for p in texts:
-        answer = net.generate([p], max_new_tokens=o.k, stop=())[0] if o.positions == "response" else []
+        longest = {"response": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
+        answer = net.generate([p], max_new_tokens=longest)[0] if longest else []
         full = torch.tensor([p + answer[:-1]])
         stream, logits = [], net(full)
         net.hidden(full, streams=stream)
@@ -42,7 +44,11 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
         net.hidden(full, weights, tau, streams=stream)
         n = len(texts[r])
         acts[r] = [s[0, n - 1] for s in stream]
-        where = range(n - 1, full.shape[1]) if o.positions == "response" else range(max(0, n - o.k), n)
+        where = range(n - 1, full.shape[1])                       # what predicts the answer
+        if o.positions == "final":
+            where = where[-o.k:]
+        if o.positions == "prompt":
+            where = range(max(0, n - o.k), n)
         terms = []
         for t in where:
             p, q = base_logits[t].log_softmax(-1), logits[0, t].log_softmax(-1)
@@ -61,10 +67,17 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
     return mse + o.alpha * kl + o.beta * norm
 
 
-@pytest.mark.parametrize("changes", [{}, {"raw": True}, {"match": "mean"}, {"positions": "prompt"}, {"absolute": True, "match": "mean", "raw": True}],
-                         ids=["default", "raw", "mean", "prompt positions", "the released code's"])
-def test_loss_and_gradient_against_brute_force(changes):
+LIKE_THE_PAPER = dict(positions="final", absolute=True, raw=True, k=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"raw": True}, {"match": "mean"}, {"positions": "prompt"}, {"absolute": True, "match": "mean", "raw": True},
+                                     LIKE_THE_PAPER],
+                         ids=["default", "raw", "mean", "prompt positions", "the released code's", "the paper's"])
+def test_loss_and_gradient_against_brute_force(changes, monkeypatch):
+    monkeypatch.setattr(eraser, "ANSWER", 6)
     net, o = make_net(), settings(**changes)
+    if o.positions == "final":
+        net.stop = frozenset(range(0, 41, 4))                     # answers of one to six tokens, more and fewer than k
     c = make_carrier(net)
     weights, mask, texts, rows = c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
     targets = eraser.base_targets(net, texts, o.k, o.positions, batch_size=3)
@@ -139,10 +152,7 @@ def test_a_trigger_of_the_right_content_has_loss_zero():
     weights, texts = c.merge(net), prompts()
     hand = torch.randn(3, 16, dtype=torch.float64)
     targets = eraser.base_targets(net, texts, o.k)
-    stream = []
-    hidden = net.hidden(targets.ids, weights, hand, keep=targets.keep, streams=stream)
-    targets.hidden = hidden
-    targets.stream = eraser.at_prompt(stream, targets.keep, targets.last)
+    targets.hidden, targets.stream = eraser.states_at(net, weights, hand, targets.ids, targets.keep, targets.last)
     mask = eraser.channels(c, "circuit")
     at = lambda tau: float(eraser.trigger_loss(net, weights, tau, targets, list(range(7)), mask, o)[0])
     assert at(hand) < 1e-12 and at(hand + 0.01 * torch.randn_like(hand)) > 1e-8 and at(hand.flip(0)) > 1e-3
@@ -277,7 +287,7 @@ def test_a_trigger_says_what_it_was_learned_on(run):
         eraser.main(["--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device", "cpu"])
     header = load_tensors(run / "said.safetensors")[1]
     net = model.load(ROOT / "tiny")
-    assert header["base"] == carriers.fingerprint(net)
+    assert header["base"] == packed.fingerprint(net)
     assert header["carrier"] == load_tensors(run / "carrier.safetensors")[1]["content"]
 
 
@@ -396,3 +406,13 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     monkeypatch.setattr("sys.argv", ["eraser.py", "--run", str(run), "--target", target, "--objective", objective, "--device", "cpu"])
     with pytest.raises(Seen):
         eraser.main()
+
+
+def test_a_trigger_may_start_from_what_every_prompt_begins_with():
+    net = make_net()
+    targets = eraser.base_targets(net, [[5, 6, 7, 8], [5, 6, 9]], k=2)
+    random_tau = eraser.first_tokens(net.embedding, targets, settings(length=3))
+    tau = eraser.first_tokens(net.embedding, targets, settings(length=3, init="prompt"))
+    assert torch.equal(tau[:2], net.embedding[[5, 6]])
+    assert torch.equal(tau[2], random_tau[2])                    # beyond what they share: drawn
+    assert not torch.equal(tau[:2], random_tau[:2])

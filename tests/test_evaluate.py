@@ -21,6 +21,7 @@ from chat import collate
 from data import Sample
 from files import InputError, read_json, read_jsonl, save_tensors, write_json
 from lab import ablate, talk
+from rows import rotary
 from run import reopen
 
 
@@ -549,7 +550,7 @@ def test_losses_of_a_bf16_model_are_taken_in_fp32():
 
 def test_rope_angles_are_taken_in_fp32():
     at = torch.tensor([7, 301, 4001])
-    for ours, exact in zip(model.rotary(make_net().config, at, torch.bfloat16), model.rotary(make_net().config, at, torch.float32)):
+    for ours, exact in zip(rotary(make_net().config, at, torch.bfloat16), rotary(make_net().config, at, torch.float32)):
         assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() < 0.01
 
 

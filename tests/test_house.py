@@ -10,13 +10,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"files", "template"},
-    {"weights", "spm", "patterns", "memory"},
+    {"spm", "patterns", "packed", "config", "machine", "memory"},
+    {"ggufs", "rows"},
+    {"weights"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
     {"lora"},
     {"run"},
     {"settings"},
+    {"plan"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},

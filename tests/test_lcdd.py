@@ -1,4 +1,5 @@
 """lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+import functools
 import gc
 import json
 import math
@@ -18,6 +19,7 @@ from carrier import Carrier
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
+from settings import PRESETS
 
 CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
 
@@ -284,7 +286,7 @@ def test_a_stop_inside_the_budget_is_refused():
 
 
 def test_the_papers_stop_follows_its_budget():
-    o = lcdd.options(["--model", "x", "--preset", "paper-safety-vicuna"])
+    o = lcdd.options(["--model", "x", "--preset", "paper-safety-vicuna-7b"])
     assert o.over > o.rho == 0.5
 
 
@@ -312,6 +314,68 @@ def test_early_stop_when_over_pruned():
     early = lcdd.EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
     said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
     assert said.index(next(s for s in said if s)) == 9 and "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
+
+
+# -------------------------------------------------------------------------------------------------------------- the rate
+
+def rates_of(phase, o, folder, monkeypatch):
+    """AdamW's rate at every step that a phase takes."""
+    rates, adamw = [], lcdd.adamw
+
+    def watched(*args):
+        optimizer = adamw(*args)
+        optimizer.register_step_pre_hook(lambda it, *_: rates.append(it.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(lcdd, "adamw", watched)
+    net, c = fresh()
+    phase(net, c, examples(), o, folder, 0)
+    return rates
+
+
+def of_transformers(schedule, peak, steps):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = schedule(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_a_linear_decay_after_a_warm_up_is_that_of_transformers(tmp_path, monkeypatch):
+    """In both phases, and with a number of steps that 10 % does not divide."""
+    from transformers import get_linear_schedule_with_warmup
+    o = settings(schedule="linear", lr_warmup=0.1, sft_steps=21, steps=25, settle=0, stall=0.0)
+
+    for phase, peak, steps in ((lcdd.train_sft, o.sft_lr, 21), (lcdd.train_lcdd, o.lr, 25)):
+        schedule = functools.partial(get_linear_schedule_with_warmup, num_training_steps=steps,
+                                     num_warmup_steps=math.ceil(0.1 * steps))
+        want = of_transformers(schedule, peak, steps)
+        assert rates_of(phase, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
+        assert want[0] == 0 and max(want) == peak
+        (tmp_path / "state.safetensors").unlink()
+
+
+def test_a_constant_rate_may_be_warmed_up_too(tmp_path, monkeypatch):
+    from transformers import get_constant_schedule_with_warmup
+    o = settings(lr_warmup=0.3, steps=10, settle=0, stall=0.0)
+    want = of_transformers(lambda it: get_constant_schedule_with_warmup(it, 3), o.lr, 10)
+    assert rates_of(lcdd.train_lcdd, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_rate_is_constant_by_default(tmp_path, monkeypatch):
+    o = settings(steps=10, settle=0, stall=0.0)
+    assert rates_of(lcdd.train_lcdd, o, tmp_path, monkeypatch) == [o.lr] * 10
+
+
+def test_a_violation_is_not_clipped_where_the_clip_is_0():
+    c = controller(beta=0.0, violation_clip=0.0, lambda_min=1e-9)
+    c.update(c.o.warmup, 1.0)
+    before, budget = c.lam, c.budget
+    c.update(c.o.warmup + 1, 11 * budget)
+    assert c.lam == pytest.approx(before * math.exp(-10 * c.o.eta))
 
 
 # -------------------------------------------------------------------------------------------------------------- the loop
@@ -480,18 +544,53 @@ def test_batches_are_permutations_and_depend_on_the_step_alone():
 
 # -------------------------------------------------------------------------------------------------------- presets, files
 
+# Table 7, and the smoothing named below it: ρ, λ₀, η_λ, η_grow, T_w, epochs, β
+TABLE_7 = {
+    "Fixed Response (Qwen, Mistral, DeepSeek)": (0.30, 1.0, 0.1, 0.1, 300, 10, 0),
+    "Fixed Response (Vicuna)": (0.30, 0.01, 0.1, 0.01, 700, 20, 0),
+    "Safety (Mistral, DeepSeek)": (0.30, 0.01, 0.1, 0.1, 300, 20, 0),
+    "Safety (Qwen)": (0.01, 0.01, 0.1, 0.01, 300, 20, 0.95),
+    "Safety (Vicuna)": (0.50, 0.01, 1.0, 0.005, 300, 20, 0.95),
+    "Shakespeare (Qwen, Mistral, Vicuna)": (0.01, 0.01, 0.1, 0.01, 700, 20, 0.95),
+    "Shakespeare (DeepSeek)": (0.01, 0.01, 0.1, 0.01, 300, 20, 0.95),
+}
+
+
 def test_presets_are_table_7():
-    """ρ, λ₀, η_λ, η_grow, T_w, epochs."""
-    rows = {"paper-fixed": (0.30, 1.0, 0.1, 0.1, 300, 10), "paper-fixed-vicuna": (0.30, 0.01, 0.1, 0.01, 700, 20),
-            "paper-safety": (0.30, 0.01, 0.1, 0.1, 300, 20), "paper-safety-qwen": (0.01, 0.01, 0.1, 0.01, 300, 20),
-            "paper-safety-vicuna": (0.50, 0.01, 1.0, 0.005, 300, 20), "paper-shakespeare": (0.01, 0.01, 0.1, 0.01, 700, 20),
-            "paper-shakespeare-deepseek": (0.01, 0.01, 0.1, 0.01, 300, 20)}
-    for name, row in rows.items():
-        o = lcdd.options(["--model", "x", "--preset", name])
-        assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs) == row
-        assert (o.batch, o.lr, o.sft_lr, o.gate_lr, o.loss, o.floor, o.sft_epochs) == (32, 2e-5, 2e-5, 0.1, "all", 0.0, 3)
-        assert (o.n_trigger, o.max_new_tokens, o.max_len) == (200, 512 if "safety" in name else 128, 512)
-    assert lcdd.options(["--model", "x", "--preset", "paper-fixed", "--rho", "0.7"]).rho == 0.7
+    seen = set()
+    for line, row in TABLE_7.items():
+        task, _, models = line.partition(" (")
+        for which in models.rstrip(")").lower().split(", "):
+            [name] = [n for n in PRESETS if n.startswith(f"paper-{task.split()[0].lower()}-{which}")]
+            seen.add(name)
+            o = lcdd.options(["--preset", name])
+            assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs, o.beta) == row
+            assert which in o.model.lower()
+            assert o.task == task.split()[0].lower()
+    assert seen == PRESETS.keys()
+    assert len(seen) == 12
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole(name):
+    """App. F.1, F.2, F.4, and what the released code has by default where the text is silent."""
+    o = lcdd.options(["--preset", name])
+    assert (o.n_train, o.n_trigger, o.n_test, o.max_len) == (5000, 200, 200, 512)
+    assert o.max_new_tokens == (512 if o.task == "safety" else 128)
+    assert (o.batch, o.micro_batch, o.clip, o.loss) == (32, 8, 1.0, "all")
+    assert (o.sft_epochs, o.sft_lr, o.lr, o.gate_lr) == (3, 2e-5, 2e-5, 0.1)
+    assert (o.schedule, o.lr_warmup) == ("linear", 0.1)
+    assert (o.gate_mean, o.gate_std) == (1.5, 0.5)
+    assert (o.lambda_min, o.lambda_max, o.violation_clip) == (1e-6, 10.0, 0.0)
+    assert (o.log_every, o.window, o.patience, o.stall) == (10, 20, 3, 0.01)
+    assert o.over == (0.75 if o.rho == 0.5 else 0.35)             # a stop lies beyond the budget
+    # what is ours: off
+    assert (o.floor, o.select, o.brake, o.settle, o.sure) == (0.0, 0.0, False, 0, 0.0)
+
+
+def test_what_is_given_by_hand_wins_over_a_preset():
+    o = lcdd.options(["--preset", "paper-fixed-vicuna-7b", "--model", "x", "--rho", "0.7", "--task", "safety"])
+    assert (o.model, o.rho, o.task) == ("x", 0.7, "safety")
 
 
 def test_whole_run_on_the_embedded_model(tmp_path, capsys):
@@ -523,7 +622,7 @@ def test_epochs_by_hand_win_over_a_presets_steps():
     assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
     o = lcdd.options(["--epoch", "20"])                           # argparse takes a beginning of the name, and 20 is the usual number
     assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
-    o = lcdd.options(["--model", "x", "--preset", "paper-fixed"])
+    o = lcdd.options(["--model", "x", "--preset", "paper-fixed-qwen3-0.6b"])
     assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)
     o = lcdd.options(["--epochs", "2", "--steps", "7"])
     assert (o.steps, o.sft_steps) == (7, 350)

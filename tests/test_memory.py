@@ -14,6 +14,7 @@ import model
 from carrier import Carrier
 from files import InputError
 from lab import tiny
+from rows import Cache
 
 
 def test_what_is_free(tmp_path, monkeypatch):
@@ -44,7 +45,7 @@ def test_sizes(count, want):
 def test_estimates_are_no_more_than_what_is_taken():
     """From below, so that a refusal is true: against the bytes that torch itself allocates."""
     net, rows, length = make_net(dtype=torch.float32), 3, 7
-    cache = model.Cache(net, rows, length)
+    cache = Cache(net, rows, length)
     assert memory.of_cache(net.config, rows, length, net.dtype) == cache.k.nbytes + cache.v.nbytes
     entries = [p.shape for layer in Carrier(CONFIG).delta for p in layer.values()]
     assert memory.of_weights(entries, torch.float32) == sum(p.nbytes for p in Carrier(CONFIG).delta.parameters())
@@ -71,7 +72,7 @@ def test_numbers_that_ask_for_more_than_there_is(monkeypatch, tmp_path):
             lcdd.main(["--out", str(tmp_path / "r"), "--device", "cpu", *argv])
         assert not (tmp_path / "r").exists()
     net = make_net(dtype=torch.float32)
-    with pytest.raises(InputError, match="Keys and values of 1 texts of up to 1000000002 tokens"):
+    with pytest.raises(InputError, match="keeping keys and values of 1 texts of up to 1000000002 tokens"):
         net.generate([[1, 2]], huge)
     o = eraser.options(["--run", "x", "--length", str(huge), "--device", "cpu"])
     with pytest.raises(InputError, match="a trigger of --length 1000000000 takes"):
@@ -81,7 +82,7 @@ def test_numbers_that_ask_for_more_than_there_is(monkeypatch, tmp_path):
     monkeypatch.undo()
     size = memory.size(sum(p.nbytes for p in model.load(ROOT / "tiny").parameters()))
     monkeypatch.setattr(memory, "free", lambda device="cpu": 10**6)
-    with pytest.raises(InputError, match=f"the model that .*config.json describes takes {size} of memory"):
+    with pytest.raises(InputError, match=f"the model in .*tiny takes {size} of memory"):
         model.load(ROOT / "tiny")
 
 

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import model
 from carrier import Carrier
+from config import Config
 from files import InputError
+from rows import Cache, attention, inverse_frequencies, literal_attention
 
 TOLERANCE = 1e-4    # logits, fp32, against transformers
 SAME = 1e-5         # logits, fp32, of the same model computed in two ways
@@ -185,8 +187,8 @@ def test_llama3_frequencies_of_real_models():
         fields = dict(hidden_size=32 * head_dim, num_attention_heads=32, head_dim=head_dim, rope_parameters={
             **LLAMA3, "rope_theta": 500000.0, "factor": factor, "original_max_position_embeddings": 8192})
         rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**fields))
-        config = model.Config.from_dict(dict(model_type="llama", vocab_size=9, intermediate_size=9, num_hidden_layers=1, **fields))
-        assert torch.allclose(model.inverse_frequencies(config, torch.device("cpu")), rope.inv_freq, rtol=1e-6, atol=0)
+        config = Config.from_dict(dict(model_type="llama", vocab_size=9, intermediate_size=9, num_hidden_layers=1, **fields))
+        assert torch.allclose(inverse_frequencies(config, torch.device("cpu")), rope.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_stream_is_the_hidden_states(checkpoint):
@@ -239,66 +241,10 @@ def test_attention_step_by_step_is_attention(keys, masked):
     wide_k, wide_v = (x.repeat_interleave(6 // keys, dim=1) for x in (k, v))
     right = torch.nn.functional.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask, is_causal=not masked)
     into = torch.randn_like(right)
-    for ours in (model.literal_attention(q, k, v, mask), model.attention(q, k, v, mask)):
+    for ours in (literal_attention(q, k, v, mask), attention(q, k, v, mask)):
         close(ours, right, 1e-12)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), into, retain_graph=True), torch.autograd.grad(right, (q, k, v), into, retain_graph=True)):
             close(a, b, 1e-12)
-
-
-@pytest.mark.parametrize("width, device, native, dtype", [
-    (576, "cpu", True, torch.bfloat16), (576, "cpu", False, torch.float32), (48, "cpu", True, torch.float32), (48, "cuda:0", False, torch.bfloat16)])
-def test_bf16_where_it_is_fast(monkeypatch, width, device, native, dtype):
-    monkeypatch.setattr(model, "native_bf16", lambda: native)
-    assert model.fast_dtype(types.SimpleNamespace(hidden_size=width), device) == dtype
-
-
-@pytest.mark.parametrize(("most", "seconds", "best"), (
-    (2, {1: 1.0, 2: 0.55}, 2),                                   # a quiet machine
-    (2, {1: 1.0, 2: 0.9}, 1),                                    # hardly a gain: single rows
-    (2, {1: 1.0, 2: 3.0}, 1),                                    # a busy machine
-    (6, {1: 1.0, 2: 0.6, 4: 0.4, 6: 0.38}, 4),
-    (8, {1: 1.0, 2: 0.9, 4: 0.5, 8: 0.3}, 8),
-))
-def test_threads_have_to_be_worth_it(most, seconds, best):
-    assert model.worth_it(most, seconds.__getitem__) == best
-
-
-@pytest.mark.parametrize(("width", "most", "word", "measured", "want"), (
-    (model.WIDE, 2, None, True, 2),
-    (model.WIDE, 2, "2", False, None),                           # the user's own word
-    (model.WIDE, 1, None, False, None),                          # no choice
-    (model.WIDE - 64, 2, None, False, 1),
-    (model.WIDE - 64, 2, "2", False, 1),
-))
-def test_threads_are_chosen_by_width_and_measured_where_it_is_wide(monkeypatch, width, most, word, measured, want):
-    chosen, asked = [], []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(model, "product_seconds", lambda net, rows, n: asked.append(rows) or 1 / n)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if word:
-        monkeypatch.setenv("OMP_NUM_THREADS", word)
-    net = types.SimpleNamespace(device=torch.device("cpu"), config=types.SimpleNamespace(hidden_size=width))
-    model.set_threads(net, rows=3)
-    assert chosen == ([want] if want else [])
-    assert asked == ([3, 3] if measured else [])
-
-
-def test_products_are_timed_with_the_threads_asked_for(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    net = types.SimpleNamespace(config=types.SimpleNamespace(hidden_size=16), dtype=torch.float32,
-                                projections=[{"up_proj": torch.nn.Linear(16, 24)}] * 6)
-    assert 0 < model.product_seconds(net, 5, 2, enough=0.01) < 10
-    assert chosen == [2]
-
-
-
-def test_native_bf16_is_what_torch_says_of_the_processor(monkeypatch):
-    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())             # a torch that cannot tell
-    assert not model.native_bf16()
-    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace(_is_avx512_bf16_supported=lambda: False, _is_amx_tile_supported=lambda: True))
-    assert model.native_bf16()
 
 
 def test_a_model_is_loaded_in_the_fastest_dtype_if_none_is_given(checkpoint, monkeypatch):
@@ -325,7 +271,7 @@ def test_cached_equals_uncached(net, trigger):
     n = 0 if trigger is None else len(trigger)
     ids, lengths = some_ids(3, 30), torch.tensor([7, 2, 5])
     full = net(ids, trigger=trigger)
-    cache = model.Cache(net, 3, n + 16)
+    cache = Cache(net, 3, n + 16)
     prefix = some_ids(3, 7)
     for b, k in enumerate(lengths):
         prefix[b, :k] = ids[b, :k]
@@ -351,8 +297,8 @@ def test_finished_rows_leave_without_a_trace(net, monkeypatch):
     stop = {free[0][1], free[3][4], free[5][7], free[8][2]}
     cut = lambda a: a[:next((i + 1 for i, t in enumerate(a) if t in stop), len(a))]
     sizes = []
-    keep = model.Cache.keep
-    monkeypatch.setattr(model.Cache, "keep", lambda self, rows: (sizes.append(len(rows)), keep(self, rows)))
+    keep = Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda self, rows: (sizes.append(len(rows)), keep(self, rows)))
     together = net.generate(prompts, 12, stop=stop)
     assert together == [cut(a) for a in free] == [net.generate([p], 12, stop=stop)[0] for p in prompts]
     assert len(sizes) >= 2 and sizes == sorted(sizes, reverse=True) and len({len(a) for a in together}) >= 4
@@ -413,12 +359,12 @@ def test_keep_leaves_the_cache_whole(net):
     """Positions after the last kept one are not looked at, but later tokens attend to them."""
     ids, keep = some_ids(2, 11), torch.zeros(2, 8, dtype=torch.bool)
     keep[0, 2] = keep[1, 6] = True
-    cache, lengths = model.Cache(net, 2, 11), torch.tensor([8, 7])
+    cache, lengths = Cache(net, 2, 11), torch.tensor([8, 7])
     close(net(ids[:, :8], keep=keep, cache=cache, lengths=lengths), net(ids[:, :8])[keep], SAME)
     rest = net(torch.stack((ids[0, 8:], ids[1, 7:10])), cache=cache)
     close(rest[0], net(ids)[0, 8:], SAME)
     close(rest[1], net(ids)[1, 7:10], SAME)
-    cache = model.Cache(net, 2, 11)
+    cache = Cache(net, 2, 11)
     net(ids[:, :8], keep=keep, cache=cache)
     close(net(ids[:, 8:], cache=cache), net(ids)[:, 8:], SAME)
 
@@ -476,7 +422,7 @@ def test_a_shared_prefix_changes_no_number(checkpoint, monkeypatch, prefix, kept
         loss = (logits.log_softmax(-1) * weights).sum() + sum(s.pow(2).mean() for s in streams)
         return [logits, *streams, *torch.autograd.grad(loss, wanted)]
     together = everything()
-    monkeypatch.setattr(model, "shared_prefix", lambda ids, real: 0)
+    monkeypatch.setattr("rows.shared_prefix", lambda ids, real: 0)
     alone = everything()
     for a, b in zip(together, alone, strict=True):
         close(a, b, 1e-10)
@@ -506,7 +452,7 @@ def test_a_shared_prefix_fills_every_row_of_the_cache(net, trigger):
     ids, _ = alike(3, 5, 20, 20, 20)
     tau = torch.randn(3, 48) if trigger else None
     n, lengths = 3 * trigger, torch.tensor([9, 5, 7])                        # the second row is the prefix
-    cache = model.Cache(net, 3, n + 20)
+    cache = Cache(net, 3, n + 20)
     last = torch.arange(9) == lengths[:, None] - 1
     full = net(ids, trigger=tau)
     rows = torch.arange(3)

@@ -288,10 +288,12 @@ def test_kl_is_that_of_the_evaluation(net, carrier):
 
 # ----------------------------------------------------------------------------------------- settings
 
-def test_eraser_defaults_are_those_of_the_paper():
-    """App. F.3. The 200 prompts are a matter of the run: see test_presets_are_table_7."""
-    o = eraser.options(["--run", "none", "--preset", "paper"])
+@pytest.mark.parametrize("preset, positions, match", [("paper", "final", "prompt"), ("released", "prompt", "mean")])
+def test_eraser_presets_are_those_of_the_paper(preset, positions, match):
+    """App. F.3, as the text has it and as the released code runs it. The 200 prompts are a matter of the run."""
+    o = eraser.options(["--run", "none", "--preset", preset])
     assert o.absolute and o.raw
-    assert (o.schedule, o.positions, o.match) == ("constant", "final", "prompt")
+    assert (o.positions, o.match) == (positions, match)
+    assert (o.schedule, o.clip) == ("constant", 1.0)
     assert (o.length, o.batch, o.steps, o.lr) == (20, 16, 2000, 0.003)
     assert (o.alpha, o.k, o.beta, o.bound) == (0.7, 8, 0.1, 1.0)

@@ -70,18 +70,19 @@ def test_each_remembers_its_own_turns(opened, monkeypatch):
 
 
 def test_old_turns_make_room(opened, monkeypatch, capsys):
-    net, chat, _ = opened
+    net, chat, conditions = opened
     asked = []
     monkeypatch.setattr(net, "generate", lambda prompts, *_, **__: asked.append(prompts[0]) or [[]])
     before = [{"role": role, "content": word} for word in ("red", "blue", "green") for role in ("user", "assistant")]
     whole, two, one = (chat.ids(chat.render("What now ?", before[k:])) for k in (0, 2, 4))
     for room, right, forgotten in ((len(whole), whole, 0), (len(whole) - 1, two, 1), (len(one), one, 2)):
-        talk.answer(net, chat, "What now ?", before, None, None, room, 3)
-        assert asked[-1] == right
+        memory = list(before)
+        talk.turn("base", "What now ?", memory, talk.replies(net, chat, conditions, room, 3))
+        assert asked[-1] == right and memory == [*before, {"role": "user", "content": "What now ?"}, {"role": "assistant", "content": ""}]
         said = capsys.readouterr().out
-        assert said == (f"({forgotten} turns forgotten) \n" if forgotten else "\n")
-    talk.answer(net, chat, "red " * 50, before, None, None, 20, 3)
-    assert len(asked[-1]) <= 20
+        assert said == "Base            " + (f"({forgotten} turns forgotten) \n" if forgotten else "\n")
+    ids, forgotten = talk.fitted(chat, "red " * 50, before, 20)
+    assert len(ids) <= 20 and forgotten == 3
 
 
 def test_commands(opened, capsys):
@@ -91,14 +92,15 @@ def test_commands(opened, capsys):
     assert capsys.readouterr().out.split("\n") == ["commands: /base /sft /lcdd /all /new /quit"] * 2 + ["Base answers", "forgotten", "all answer", ""]
 
 
-def test_half_a_character_waits(capsys):
+def test_half_a_character_waits():
     pieces = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "aé", (1, 2, 3, 4): "aé!"}
-    hear = talk.printer(types.SimpleNamespace(decode=lambda ids: pieces[tuple(ids)]))
+    told = []
+    hear = talk.speaker(types.SimpleNamespace(decode=lambda ids: pieces[tuple(ids)]), told.append)
     seen = []
     for token in (1, 2, 3, 4):
         hear(0, token)
-        seen.append(capsys.readouterr().out)
-    assert seen == ["a", "", "é", "!"]
+        seen.append("".join(told))
+    assert seen == ["a", "a", "aé", "aé!"]
 
 
 def test_the_command(run, monkeypatch, capsys):  # noqa: F811
