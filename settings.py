@@ -10,7 +10,7 @@ import torch
 
 from data import SIZES
 from files import InputError
-from run import EMBEDDED, check_device, check_numbers, flag
+from run import EMBEDDED, Parser, check_device, check_numbers, flag
 
 # Settings that fit themselves, from the width of the model and the number of steps (see fit()).
 RATE = 0.125            # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128
@@ -75,8 +75,7 @@ PRESETS = paper_presets()
 def parser(description=None):
     """All options of lcdd.py, with the paper's values in their help where ours differ."""
     dtypes = ("float32", "bfloat16")
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description)
     a = p.add_argument
     a("--model",
       help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
