@@ -211,7 +211,9 @@ class Selection:
     The task's say in which gates stay open. Its gradient is next to nothing beside the penalty's
     while the loss is near 0, so that Ω alone decides, and with it the noise of the initial logits.
     Here the running mean of the gradient is scaled until its root mean square over all gates is
-    `select` times the penalty's pull at the start.
+    `select` times the penalty's pull at the start. `spread` says how far every layer has a scale of
+    its own: 0, one for all; 1, the root mean square is that in each layer, so that none is emptied
+    for another's sake; between them, their geometric mean.
     """
 
     def __init__(self, o, logits):
@@ -224,8 +226,12 @@ class Selection:
         """
         if not self.o.select:
             return
-        self.mean.mul_(0.9).add_(grad, alpha=0.1)
-        unit = self.mean.square().mean().sqrt().clamp(min=1e-30)    # free of the bias correction
+        self.mean.mul_(0.9).add_(grad, alpha=0.1)                   # (L, gates a layer)
+        square = self.mean.square()
+        unit = square.mean().sqrt().clamp(min=1e-30)                # free of the bias correction
+        if self.o.spread:
+            layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)    # (L, 1)
+            unit = unit * (layer / unit) ** self.o.spread
         grad.copy_(self.mean * (warm * self.size / unit))
 
 
@@ -624,9 +630,10 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
     tries = saved["tries"] if saved else 0
     while True:
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
+        sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, o.sure, 0, saved, interrupted,
+                    o.seed + 2 + tries, optimizer, sure, 0, saved, interrupted,
                     found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)

@@ -140,8 +140,8 @@ def parser(description=None):
     a("--sft-lr", type=float,
       help="AdamW, falling linearly to 0 (default 0.125 / d; the paper: 2e-5)")
     a("--sure", type=float, default=0.001,
-      help="SFT and settling come to an early end when the loss is under this, in nats a token "
-      "(0.001; 0: never)")
+      help="SFT comes to an early end when the loss is under this, in nats a token, settling when "
+      "it is under a tenth of ε as well (0.001; 0: never)")
 
     a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl", "mask-kl-true"), default="joint",
@@ -164,6 +164,8 @@ def parser(description=None):
     a("--select", type=float, default=1.0,
       help="root mean square of the task's pull on the gates, in units of the penalty's at the "
       "start (1.0; 0: the gradient as it is, the paper)")
+    a("--spread", type=float, default=0.5,
+      help="how far each layer has a scale of its own for that: 0, one for all; 1, its own (0.5)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
     a("--pace", type=float, default=0.03,
