@@ -27,12 +27,20 @@ import eraser
 import evaluate
 import lcdd
 from behaviour import BEHAVIOURS
-from files import InputError, fingerprint, load_tensors, read_json, save_tensors, write_json
+from files import (
+    NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
+    write_json)
 from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
 from run import (
-    Once, alone, check_device, check_numbers, cli, duration, load_model, read_results, reopen)
+    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model,
+    read_results, reopen)
+from settings import check as check_training
+from settings import check_bounds
 from settings import options as settings_of_lcdd
+from settings import parser as training_parser
 
+# options that are fitted where they are not given: numbers in every config.json
+FITTED = ("steps", "sft_steps", "lr", "sft_lr", "gate_lr", "micro_batch", "lambda_max", "eta_grow")
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
 MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl", "noise", "blind", "floor-0")
@@ -49,10 +57,9 @@ VARIANTS = {
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, help="a finished run of your own instead of the embedded behaviours")
+    a("--run", help="a finished run of your own instead of the embedded behaviours")
     a("--task", action="append", choices=TASKS,
       help="embedded behaviours to run (all three); may be given several times")
     a("--seeds", type=int, default=1, help="repeat everything with this many seeds, mean ± std (1)")
@@ -107,12 +114,26 @@ def trigger_options(folder, device):
     return o
 
 
+def check_settings(file, config, device):
+    """Raises InputError where the settings in config.json are none that lcdd.py trains with."""
+    left_out = {name: True for name in ("out", "resume", "go_on")}
+    table = fields_of(training_parser(), complete=True) | dict.fromkeys(FITTED, NUMBER)
+    check_fields(file, config | left_out | {"out": "x"}, table)
+    try:
+        o = argparse.Namespace(**{**config, "device": device})
+        check_training(o)
+        check_bounds(o)
+    except InputError as e:
+        raise InputError(f"{file}: {e}") from None
+
+
 class Run:
     """One trained run directory with what its rows need; models are made when a row first asks."""
 
     def __init__(self, folder, o):
         self.folder, self.o = Path(folder), o
         self.config, self.chat, self.splits = reopen(self.folder)
+        check_settings(self.folder / "config.json", self.config, o.device)
         self.net = load_model(self.chat, o.device, self.config["dtype"])
         self.net.checkpoint = self.config["checkpoint"]
         self.lcdd = carriers.load(self.folder / "carrier.safetensors", self.net)
@@ -203,7 +224,11 @@ class Run:
 
     def make_sft_long(self, settings, training):
         """SFT continued for as many steps as LCDD took, at LCDD's rate."""
-        settings.sft_steps = read_results(self.folder)["stopped"]["steps"]
+        stopped = read_results(self.folder).get("stopped")
+        if not stopped:
+            raise InputError(f"{self.folder}/results.json does not say how many steps LCDD took; "
+                             "let lcdd.py --resume finish the run")
+        settings.sft_steps = stopped["steps"]
         if settings.train == "joint":
             settings.sft_steps += settings.settle
         settings.sft_lr, settings.sure = settings.lr, 0.0
@@ -317,6 +342,15 @@ def stamp(folder, trigger):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def is_row(row, of):
+    """Is it a finished row of the run as it is now, with numbers where tables show them?"""
+    if not isinstance(row, dict) or row.get("of") != of:
+        return False
+    shown = {"sparsity", "dice", *(metric.key for metric in evaluate.METRICS)}
+    numbers = [value for key, value in row.items() if key.split(" ")[-1] in shown]
+    return bool(numbers) and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers)
+
+
 def ablate(folder, o, names):
     """All rows of one run: {name: {metric: number}}, kept in ablation.json as they come."""
     suffix = "" if o.split == "test" else f"-{o.split}"
@@ -324,7 +358,7 @@ def ablate(folder, o, names):
     usual = trigger_options(o.run or folder, o.device)
     of = stamp(folder, usual)
     found = read_json(file) if file.is_file() else {}
-    done = {name: row for name, row in found.items() if isinstance(row, dict) and row.get("of") == of}
+    done = {name: row for name, row in found.items() if is_row(row, of)}
     if all(name in done for name in names):
         return done
     run, start, triggers = Run(folder, o), time.time(), {}

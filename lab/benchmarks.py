@@ -15,7 +15,6 @@ judges.py). Utility is what lm-evaluation-harness computes, without a chat templ
 Shapes: P pairs of a context and a continuation, C contexts, R continuations, M tokens, d, V.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import csv
 import json
 import math
@@ -36,8 +35,8 @@ from chat import Chat, collate
 from files import InputError, write_json, write_text
 from lab.judges import SUMMARY, ask_judge, share, standard_behaviors
 from rows import Cache
-from run import (check_device, check_numbers, cli, load_model, locate, markdown, read_results,
-                 reopen, ticker)
+from run import (Parser, check_device, check_numbers, cli, load_model, locate, markdown,
+                 read_results, reopen, ticker)
 
 # what each benchmark needs on the command line
 NEEDS = {
@@ -334,8 +333,7 @@ leaves it out."""
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     either = p.add_mutually_exclusive_group(required=True).add_argument
     either("--run", help="run directory that lcdd.py has finished")
     either("--model", help="a checkpoint without a run: its folder or hub id")
