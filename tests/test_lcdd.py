@@ -610,7 +610,7 @@ def test_presets_are_whole(name):
     assert (o.log_every, o.window, o.patience, o.stall) == (10, 20, 3, 0.01)
     assert o.over == (0.75 if o.rho == 0.5 else 0.35)             # a stop lies beyond the budget
     # what is ours: off
-    assert (o.floor, o.select, o.brake, o.settle, o.sure) == (0.0, 0.0, False, 0, 0.0)
+    assert (o.floor, o.select, o.brake, o.pace, o.settle, o.sure) == (0.0, 0.0, False, 0.0, 0, 0.0)
 
 
 def test_what_is_given_by_hand_wins_over_a_preset():
