@@ -207,9 +207,11 @@ class Gguf:
             block, size = 1, dtype.itemsize
         row = shape[-1] if shape else 1
         total = math.prod(shape) // block * size
-        if not total or row % block or start + total > len(self.data):
-            raise InputError(f"{self.path}: tensor {name} of shape {shape} is empty, reaches beyond the "
-                             "file, or is no whole number of blocks; download the file again")
+        if not total or row % block:
+            raise InputError(f"{self.path}: tensor {name} has shape {shape}, which is no whole number of "
+                             f"blocks of {block}; download the file again")
+        if start + total > len(self.data):
+            raise InputError(f"{self.path}: cut short, it ends before tensor {name} does; download it again")
         raw = np.frombuffer(self.data, np.uint8, total, start).copy()
         if dtype is not None:
             return torch.from_numpy(raw).view(dtype).reshape(shape)
