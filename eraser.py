@@ -16,7 +16,6 @@ Shapes: P prompts, B of them in a batch, N kept positions of theirs, n trigger t
 of Eq. 8, L layers, d hidden size, V vocabulary.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import math
 import shlex
 import sys
@@ -30,13 +29,15 @@ import torch.nn.functional as F
 import behaviour
 import carrier as carriers
 import machine
+import memory
 import model
 import packed
 from chat import collate
-from files import (Failed, InputError, append_jsonl, check_finite, load_tensors, read_header,
-                   save_tensors, size, take_back, write_json)
-from run import (Interrupted, Meter, Once, alone, check_device, check_numbers, cli, patient,
-                 read_results, reopen, ticker)
+from files import (COUNT, TEXT, Failed, InputError, append_jsonl, check_fields, check_finite,
+                   check_tensors, load_tensors, read_header, save_tensors, shown, size, take_back,
+                   write_json)
+from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers, cli, fields_of,
+                 patient, read_results, reopen, ticker)
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
@@ -52,10 +53,9 @@ ANSWER = 128            # tokens of the base's own answers that "final" looks at
 
 def parser():
     """All options; rates and bounds are measured in the model's own token norms."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--objective", choices=("circuit", "output", "random"), default="circuit",
       help="circuit: all of Eq. 6; output: without Eq. 7; random: Eq. 7 on as many random channels "
       "a layer")
@@ -153,7 +153,7 @@ class Targets:
 
 
 @torch.no_grad()
-def base_targets(net, prompts, k=8, positions="response", batch_size=64):
+def base_targets(net, prompts, k=8, positions="response", batch_size=64, progress=None):
     """
     Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
 
@@ -164,7 +164,8 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
     answers = [[] for _ in prompts]
     if positions != "prompt":
         length = k if positions == "response" else ANSWER
-        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size)
+        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size,
+                               progress=progress)
     rows = []
     for prompt, answer in zip(prompts, answers):
         text = prompt + answer[:-1]                             # the last token only gets predicted
@@ -312,6 +313,8 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     if len(train.ids) < 2 and not o.raw:
         raise InputError("one trigger prompt has no variance to divide Eq. 7 by; give more with "
                          "lcdd.py --n-trigger, or --raw")
+    memory.check(memory.of_tokens(net.config, o.length, net.dtype), f"a trigger of --length {o.length}",
+                 "make it shorter", net.device)
     mask = mask.to(net.device)
     tokens = model.wide(net.embedding)                                                  # (V, d)
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
@@ -386,16 +389,24 @@ def restore(path, tau, optimizer, o):
     if path is None or not path.is_file():
         return tau.detach().clone(), math.inf, 0
     saved, numbers = load_tensors(path, tau.device)
-    old = numbers.get("settings", {})
-    for name, value in settings_of(o).items():
-        if old.get(name) != value:
-            raise InputError(f"{path}: {name} was {old.get(name)!r}; resume with the same options, "
-                             "or without --resume")
+    check_state(path, numbers, o)
+    check_tensors(path, saved, dict.fromkeys(("tau", "best", "exp_avg", "exp_avg_sq"), tau))
     tau.data.copy_(saved["tau"])
     step = torch.tensor(float(numbers["step"]))
     moments = {k: saved[k] for k in ("exp_avg", "exp_avg_sq")}
     optimizer.state[tau] = {"step": step, **moments}
     return saved["best"], numbers["lowest"], numbers["step"]
+
+
+def check_state(path, numbers, o):
+    """Raises InputError where a state's header is damaged, or was written with other options."""
+    check_fields(path, numbers, {"step": ((int,), 0, o.steps), "settings": {}, "log": COUNT,
+                                 "lowest": ((int, float), -1e300, math.inf)})
+    for name, value in settings_of(o).items():
+        before = numbers["settings"].get(name)
+        if before != value:
+            raise InputError(f"{path}: {name} was {shown(before)}; resume with the same options, or "
+                             "without --resume")
 
 
 # ---- files and the command
@@ -413,9 +424,10 @@ def load(path, net):
     """
     tensors, settings = load_tensors(path, net.device)
     width, tau = net.config.hidden_size, tensors.get("trigger")
-    if tau is None or tau.ndim != 2 or not len(tau) or tau.shape[1] != width:
+    if tau is None or tau.ndim != 2 or not len(tau) or tau.shape[1] != width or not tau.is_floating_point():
         raise InputError(f"{path}: holds no trigger of width {width}; learn one with eraser.py")
     check_finite(path, tensors)
+    check_fields(path, settings, fields_of(parser()) | {"target": (None, TEXT)})
     if settings.get("target", "lcdd") not in TARGETS:
         raise InputError(f"{path}: made for {settings['target']!r}, which is no model of a run; "
                          "learn it again with eraser.py")
@@ -492,12 +504,15 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
     """Targets, optimisation with its log, and the trigger's file: (τ, loss)."""
     log_file, done, length = run / "metrics.jsonl", 0, 0
     if state.is_file():
-        done, length = load_tensors(state)[1]["step"], read_header(state).get("log", 0)
+        before = read_header(state)
+        check_state(state, before, o)
+        done, length = before["step"], before["log"]
     take_back(log_file, length, [o.name])
     targets = {}
     for split in ("trigger", "validation"):
         ids = [chat.prompt(s.prompt, config["max_len"]) for s in splits[split]]
-        targets[split] = base_targets(net, ids, o.k, o.positions)
+        tell = ticker(f"the base's answers to {split} prompts", len(ids))
+        targets[split] = base_targets(net, ids, o.k, o.positions, progress=tell)
     train, judge = targets["trigger"], targets["validation"]
     chat.say_cut("prompts", config["max_len"])
     mask = channels(lcdd, o.objective, o.seed)

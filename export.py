@@ -11,7 +11,6 @@ prompt   the trigger of the same run, before the merged model or the base with t
 Each folder has a README.md that says what is in it and how it is loaded.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import re
 import shutil
 import textwrap
@@ -27,8 +26,8 @@ import lora
 import model
 import packed
 import weights
-from files import InputError, read_json, replacing, write_json
-from run import EMBEDDED, Once, cli, locate
+from files import InputError, check_fields, read_json, replacing, write_json
+from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
@@ -39,17 +38,18 @@ RANK_LIMIT = 64          # engines that serve adapters side by side stop at rank
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--to", required=True, help="folder in which a folder is made for each export")
     a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write")
     a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")
     a("--dtype", choices=("float32", "float16", "bfloat16"),
       help="of the merged checkpoint (default: as the base's files)")
     a("--trigger", default="trigger", help="name of the trigger file in the run (trigger)")
-    return p.parse_args(argv)
+    o = p.parse_args(argv)
+    check_numbers(o)
+    return o
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -225,6 +225,7 @@ def main(argv=None):
     if not (run / "config.json").is_file():
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     settings = read_json(run / "config.json")
+    check_fields(run / "config.json", settings, {key: CONFIG[key] for key in ("model", "task", "dtype")})
     source = locate(settings["model"]).resolve()
     from_hub = settings["model"] != EMBEDDED and not Path(settings["model"]).exists()
     base = settings["model"] if from_hub else str(source)

@@ -31,17 +31,34 @@ import carrier as carriers
 import data
 import lora
 import machine
+import memory
 import model
 import packed
 import plan
 from carrier import Carrier, OneStep, penalty
 from chat import collate
-from files import (Failed, InputError, append_jsonl, fingerprint, load_tensors, read_header,
-                   read_json, save_tensors, size, take_back, write_json, write_text)
+from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_fields, check_tensors,
+                   fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back,
+                   write_json, write_text)
 from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, portable, prepare,
                  read_results, resume_command, ticker)
 from settings import fit, options, pull
 
+# the header of a saved state, phase by phase
+MAYBE = (None, NUMBER)
+SLOPE = {"step": COUNT, "end": COUNT, "fall": [COUNT, NUMBER], "average": NUMBER, "log": COUNT}
+STATES = {
+    "sft": SLOPE,
+    "lcdd": {
+        "step": COUNT, "kept_step": (None, COUNT), "log": COUNT,
+        "controller": {"lam": NUMBER, "raw": NUMBER, "ema": NUMBER, "budget": MAYBE, "start": MAYBE,
+                       "reference": MAYBE},
+        "early": {"total": COUNT, "points": [[COUNT, NUMBER]], "stalled": COUNT, "over": COUNT}},
+    "settle": SLOPE | {
+        "tries": COUNT,
+        "found": {"reason": TEXT, "steps": COUNT, "budget": MAYBE, "loss": MAYBE,
+                  "reopened": (None, COUNT)}},
+}
 PROBE = 16              # batches on which the constraint is measured at the end
 REOPEN = 4              # times that gates may open again, until the budget counts as not kept
 
@@ -194,7 +211,9 @@ class Selection:
     The task's say in which gates stay open. Its gradient is next to nothing beside the penalty's
     while the loss is near 0, so that Ω alone decides, and with it the noise of the initial logits.
     Here the running mean of the gradient is scaled until its root mean square over all gates is
-    `select` times the penalty's pull at the start.
+    `select` times the penalty's pull at the start. `spread` says how far every layer has a scale of
+    its own: 0, one for all; 1, the root mean square is that in each layer, so that none is emptied
+    for another's sake; between them, their geometric mean.
     """
 
     def __init__(self, o, logits):
@@ -207,8 +226,12 @@ class Selection:
         """
         if not self.o.select:
             return
-        self.mean.mul_(0.9).add_(grad, alpha=0.1)
-        unit = self.mean.square().mean().sqrt().clamp(min=1e-30)    # free of the bias correction
+        self.mean.mul_(0.9).add_(grad, alpha=0.1)                   # (L, gates a layer)
+        square = self.mean.square()
+        unit = square.mean().sqrt().clamp(min=1e-30)                # free of the bias correction
+        if self.o.spread:
+            layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)    # (L, 1)
+            unit = unit * (layer / unit) ** self.o.spread
         grad.copy_(self.mean * (warm * self.size / unit))
 
 
@@ -300,7 +323,8 @@ def forget(state, file, phases):
 def load_state(path, phases, carrier, optimizer):
     """
     Restore what save_state wrote in one of `phases`, and the log as it was then; returns its
-    numbers, and its `extra` tensors. None where there is no state: the phase begins.
+    numbers, and its `extra` tensors. None where there is no state: the phase begins. Raises
+    InputError where it is damaged, or of another phase.
     """
     log = path.parent / "metrics.jsonl"
     if not path.is_file():
@@ -309,15 +333,33 @@ def load_state(path, phases, carrier, optimizer):
     if metadata.get("phase") not in phases:
         raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where "
                          f"{phases[0]!r} goes on; remove it to start this phase again")
-    take_back(log, metadata.get("log", 0), phases)
+    check_fields(path, metadata, STATES[metadata["phase"]])
+    params = optimizer.param_groups[0]["params"]
+    check_tensors(path, tensors, like_state(carrier, params, metadata, tensors))
+    take_back(log, metadata["log"], phases)
     metadata["extra"] = beginning_with("extra.", tensors)
     others = ("adam.", "extra.")
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(others)})
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+    for i, p in enumerate(params):
         moments = beginning_with(f"adam.{i}.", tensors)
-        # all to the device, the step too: fused AdamW counts there
-        optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+        if moments:
+            # all to the device, the step too: fused AdamW counts there
+            optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
     return metadata
+
+
+def like_state(carrier, params, metadata, tensors):
+    """What a state's tensors have to be, by name; moments are there once a step was taken."""
+    like = dict(carrier.state_dict())
+    if metadata["phase"] == "lcdd":
+        like["extra.mean"] = carrier.logits
+        if metadata["kept_step"] is not None:
+            like["extra.kept"] = carrier.logits
+    if any(name.startswith("adam.") for name in tensors):
+        for i, p in enumerate(params):
+            like |= {f"adam.{i}.exp_avg": p, f"adam.{i}.exp_avg_sq": p}
+            like[f"adam.{i}.step"] = torch.zeros(())
+    return like
 
 
 def beginning_with(prefix, tensors):
@@ -376,6 +418,9 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
     at = saved or {"step": 0, "end": steps, "fall": [0, peak], "average": 0.0}
     t, end, average = at["step"], at["end"], at["average"]
     fall, high = at["fall"]                             # the rate falls from `high` at step `fall`
+    if not fall <= t <= end <= steps:
+        raise InputError(f"{state}: step {t} of {end} is none of these {steps} steps; remove it to "
+                         "start this phase again")
     progress = Progress(run, phase, end, t)
     while t < end:
         rate = high * linear(t - fall, end - fall, warmup if fall == 0 else 0)
@@ -494,6 +539,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
             clip_gradients(carrier, o.clip)
             optimizer.param_groups[0]["lr"] = rate_of_delta(o, t)
             optimizer.step()
+        hold_back(carrier.logits, o.gate_lr, o.pace)
         gate_optimizer.step()
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
@@ -511,6 +557,24 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     if not joint:
         found |= take_kept(carrier, kept)
     return found
+
+
+@torch.no_grad()
+def hold_back(logits, rate, share):
+    """
+    Let at most `share` of the open gates (at least one) shut in this step of SGD at `rate`: those
+    that the step takes furthest below 0, measured by what they have left. The others wait; their
+    gradient becomes 0, in place. share 0: all may shut, as in the paper. All gates arrive at 0 at
+    nearly the same time, and the average of the loss knows it ten steps later.
+    """
+    step = rate * logits.grad
+    shuts = (logits > 0) & (step >= logits)
+    allowed = max(1, int(share * int((logits > 0).sum())))
+    if not share or int(shuts.sum()) <= allowed:
+        return
+    left = torch.where(shuts, logits / step, torch.inf).flatten()
+    last = left.kthvalue(allowed).values
+    logits.grad.view(-1)[shuts.flatten() & (left > last)] = 0.0
 
 
 def log_pruning(progress, t, loss, controller, stats):
@@ -544,9 +608,12 @@ def save_pruning(path, carrier, optimizer, t, controller, selection, early, kept
 
 def restore(saved, controller, selection, early):
     """Go on from what save_pruning saved. Returns the step, and the gates that are kept, if any."""
+    if saved["step"] >= controller.o.steps:
+        raise InputError(f"state.safetensors: step {saved['step']} is none of {controller.o.steps} "
+                         "steps; remove it to start this phase again")
     selection.mean.copy_(saved["extra"]["mean"])
-    vars(controller).update(saved["controller"])
-    vars(early).update(saved["early"])
+    for part, numbers in ((controller, saved["controller"]), (early, saved["early"])):
+        vars(part).update({name: numbers[name] for name in part.state()})
     if saved["kept_step"] is None:
         return saved["step"], None
     return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
@@ -563,9 +630,10 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
     tries = saved["tries"] if saved else 0
     while True:
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
+        sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, o.sure, 0, saved, interrupted,
+                    o.seed + 2 + tries, optimizer, sure, 0, saved, interrupted,
                     found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)
@@ -732,6 +800,21 @@ def say_unknown(chat, samples, where):
                   "of them", file=sys.stderr)
 
 
+def check_memory(o, net, examples):
+    """Raises InputError where training, or the answers after it, need more memory than there is."""
+    entries = [m.weight.shape for layer in net.projections for m in layer.values()]
+    lengths = [len(ids) for ids, _ in examples]
+    tokens = o.micro_batch * sum(lengths) // len(lengths)
+    deltas = 4 * memory.of_weights(entries, getattr(torch, o.delta_dtype))      # Δ, gradient, moments
+    kept = memory.of_tokens(net.config, tokens, net.dtype, o.checkpoint)
+    memory.check(deltas + kept + 8 * o.batch, f"training with --micro-batch {o.micro_batch} and "
+                 f"--batch {o.batch}", "make them smaller, or use --checkpoint, --delta-dtype bfloat16 "
+                 "or a smaller model", o.device)
+    rows = min(o.n_validation, o.n_test)
+    memory.check(memory.of_cache(net.config, min(rows, 128), o.max_new_tokens, net.dtype),
+                 f"answers of --max-new-tokens {o.max_new_tokens}", "make it smaller", o.device)
+
+
 def results_table(o, scores, results):
     """Base, SFT and LCDD as Markdown: behaviour, accuracy, sparsity, seconds."""
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |",
@@ -760,6 +843,7 @@ def main(argv=None):
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
+    check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
@@ -831,7 +915,6 @@ def train(o, net, chat, splits, examples, run, tuned):
             lcdd.save(carrier_file, net, phase="lcdd", metrics={"stopped": results["stopped"]},
                       **travels)
             forget(state, carrier_file, ["lcdd", "settle"])
-    results.setdefault("stopped", read_header(carrier_file)["metrics"]["stopped"])
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
     results |= lcdd.stats() | {"dice": lcdd.dice(o.gate_mean, o.gate_std, o.seed)}
     report(o, net, chat, splits["test"], run, results, {"base": None, "sft": sft, "lcdd": lcdd})

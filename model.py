@@ -14,9 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import memory
 import weights
 from config import Config
-from files import InputError, check_finite
+from files import InputError, check_finite, shown
 from machine import fast_dtype
 from rows import Cache, Rows, each
 
@@ -291,6 +292,8 @@ def load(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         net = Llama(config)
     shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    memory.check(memory.of_weights(shapes.values(), dtype), f"the model in {path}",
+                 "use a smaller one, or a machine with more memory", device)
     tensors = read_tensors(path, shapes, device, dtype)
     if config.tie_word_embeddings:
         check_tied(path, tensors)
@@ -344,8 +347,10 @@ def stop_ids(path):
     found = set()
     for name in ("config.json", "generation_config.json"):
         ids = weights.described(path, name).get("eos_token_id")
-        if isinstance(ids, list):
-            found.update(ids)
-        elif ids is not None:
-            found.add(ids)
+        for i in ids if isinstance(ids, list) else [ids]:
+            if type(i) not in (int, type(None)):
+                raise InputError(f"{path}: eos_token_id {shown(i)} in {name} is no token's id; use the "
+                                 "model's own file")
+            found.add(i)
+    found.discard(None)
     return frozenset(found)

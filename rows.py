@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+import memory
 from files import InputError
 
 SHORT = 128   # tokens a row up to which attention on a CPU is faster step by step, in bf16
@@ -101,6 +102,9 @@ class Cache:
 
     def __init__(self, net, batch, length):
         c = net.config
+        memory.check(memory.of_cache(c, batch, length, net.dtype),
+                     f"keeping keys and values of {batch} texts of up to {length} tokens",
+                     "lower the number of new tokens, or of prompts at a time", net.device)
         shape = c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim
         self.k = torch.zeros(shape, dtype=net.dtype, device=net.device)         # (L, B, K, S, h)
         self.v = torch.zeros(shape, dtype=net.dtype, device=net.device)

@@ -10,7 +10,6 @@ itself was asked and answered.
     /new                          everything said is forgotten        /quit   or end of input: the end
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import functools
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import machine
 import model
 from files import InputError
 from lab import page
-from run import Once, check_device, cli, reopen
+from run import Parser, check_device, check_numbers, cli, reopen
 
 PORT = 8720
 # what is typed → a condition of evaluate.py
@@ -30,10 +29,9 @@ COMMANDS = {"/base": "base", "/sft": "sft", "/lcdd": "lcdd", "/trigger": "trig"}
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
     a("--browser", type=int, nargs="?", const=PORT, metavar="PORT",
       help=f"serve a page on this machine only (http://127.0.0.1:{PORT})")
@@ -140,6 +138,7 @@ def converse(net, chat, conditions, room, length, ask):
 
 def main(argv=None):
     o = options(argv)
+    check_numbers(o)
     check_device(o.device)
     config, chat, _ = reopen(o.run)
     length = config["max_new_tokens"] if o.max_new_tokens is None else o.max_new_tokens

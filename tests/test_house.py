@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"files"},
-    {"spm", "patterns", "packed", "config", "machine", "rows"},
-    {"ggufs"},
+    {"files", "template"},
+    {"spm", "patterns", "packed", "config", "machine", "memory"},
+    {"ggufs", "rows"},
     {"weights"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},

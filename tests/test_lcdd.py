@@ -36,7 +36,7 @@ def examples(n=40, seed=0):
 
 def settings(**changes):
     o = lcdd.options(["--model", "none"])
-    vars(o).update(dict(select=0.0, brake=False, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
+    vars(o).update(dict(select=0.0, brake=False, pace=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
                         batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
     return o
 
@@ -224,6 +224,31 @@ def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
     s = 1 / (1 + math.exp(-1.5))
     size = 0.5 * 2.0 * 0.05 * s * (1 - s)
     assert torch.allclose(got, mean / mean.square().mean().sqrt() * size, rtol=1e-10)
+
+
+def shut_by(logits, grad, share, rate=1.0):
+    """The numbers of the gates that one step of SGD shuts."""
+    logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    logits.grad = torch.tensor(grad, dtype=torch.float64)
+    before = logits.detach() > 0
+    lcdd.hold_back(logits, rate, share)
+    torch.optim.SGD([logits], lr=rate).step()
+    return (before & (logits.detach() <= 0)).nonzero().flatten().tolist()
+
+
+def test_no_more_gates_shut_in_a_step_than_the_pace_allows():
+    logits, grad = [0.4, 0.1, 0.3, 0.2, 5.0, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert shut_by(logits, grad, 0.0) == [0, 1, 2, 3]
+    assert shut_by(logits, grad, 0.4) == [1, 3]                  # 2 of 5: those with the least left
+    assert shut_by(logits, grad, 0.01) == [1]                    # at least one
+    assert shut_by(logits, [4.0, 0.2, 1.0, 1.0, 1.0, 1.0], 0.2, rate=0.5) == [0]
+
+
+def test_gates_that_need_not_wait_move_as_without_a_pace():
+    logits = torch.tensor([0.1, 0.2, 3.0, -0.5], requires_grad=True)
+    logits.grad = torch.tensor([1.0, 1.0, 1.0, -2.0])
+    lcdd.hold_back(logits, 1.0, 0.1)
+    assert logits.grad.tolist() == [1.0, 0.0, 1.0, -2.0]
 
 
 def test_without_selection_the_gradient_is_the_tasks_own():

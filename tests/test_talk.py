@@ -8,7 +8,7 @@ import transformers
 
 import evaluate
 import model
-from chat import VICUNA, Chat, compile_template
+from chat import VICUNA, Chat
 from files import InputError
 from lab import talk
 from run import reopen
@@ -122,7 +122,7 @@ def test_several_turns_are_rendered_as_transformers_does():
 def test_several_turns_without_a_template():
     """Vicuna v1.1 as FastChat writes it: an answer ends with </s>, and the next turn follows it directly."""
     chat = Chat(ROOT / "tiny")
-    chat.template = compile_template(VICUNA)
+    chat.template = VICUNA
     chat.special = {"bos_token": "<s>", "eos_token": "</s>"}
     said = chat.render("And now?", [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}])
     assert said.startswith("<s>A chat between") and said.endswith(" user's questions. USER: Hello! ASSISTANT: Hi!</s>USER: And now? ASSISTANT:")
