@@ -3,7 +3,8 @@ import torch
 
 import lcdd
 
-torch.set_num_threads(1)     # a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
+# a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +16,11 @@ def same_numbers_in_every_run():
 def run(tmp_path_factory):
     """A finished run directory of a few steps on the embedded model."""
     folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main([
-        "--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1", "--warmup", "1",
-        "--n-test", "12", "--n-trigger", "20", "--n-validation", "10", "--device", "cpu"])
+    lcdd.main(
+        [
+            "--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1",
+            "--warmup", "1", "--n-test", "12", "--n-trigger", "20", "--n-validation", "10",
+            "--device", "cpu"
+        ]
+    )
     return folder

@@ -32,7 +32,8 @@ def make_carrier(net):
         c.logits.copy_(torch.randn(c.logits.shape) - 0.5)
         start = sum(list(c.sizes.values())[:4])
         c.logits[1, start:start + 16] = -1                        # no open attn_write …
-        c.logits[1, -16:] = -1                                    # … and no open ffn_write: C_1 is empty
+        # … and no open ffn_write: C_1 is empty
+        c.logits[1, -16:] = -1
         for p in c.delta.parameters():
             p.normal_(0, 0.1)
     return c

@@ -1,5 +1,8 @@
-"""chat.py: prompt ids against the transformers library for published chat templates, cutting, batches."""
+"""
+chat.py: prompt ids against the transformers library for published chat templates, cutting, batches.
+"""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,148 +12,69 @@ from transformers import PreTrainedTokenizerFast
 from chat import Chat, collate
 from files import InputError
 
-# The templates that the models are published with, word for word where it matters (loops, namespaces, white space
-# control, tojson, dates, raised errors); what only tools and images reach is shortened.
-QWEN25 = """{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- for tool in tools %}
-        {{- "\\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\\n</tools><|im_end|>\\n" }}
-{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-QWEN3 = """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
-        {%- set ns.multi_step_tool = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-          "message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-          "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-          "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}")
-LLAMA32 = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- if strftime_now is defined %}
-        {%- set date_string = strftime_now("%d %b %Y") %}
-    {%- else %}
-        {%- set date_string = "26 Jul 2024" %}
-    {%- endif %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-MISTRAL = """{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
-{%- set ns = namespace() %}
-{%- set ns.index = 0 %}
-{%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
-        {{- raise_exception("After the optional system message, conversation roles must alternate user/assistant/user/assistant/...") }}
-    {%- endif %}
-    {%- set ns.index = ns.index + 1 %}
-{%- endfor %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" %}
-        {%- if tools is not none and (message == user_messages[-1]) %}
-            {{- "[AVAILABLE_TOOLS] [" }}
-        {%- endif %}
-        {{- "[INST] " + message["content"] + "[/INST]" }}
-    {%- elif message["role"] == "assistant" %}
-        {{- " " + message["content"]|trim + eos_token}}
-    {%- else %}
-        {{- raise_exception("Only user and assistant roles are supported!") }}
-    {%- endif %}
-{%- endfor %}
-"""
-DEEPSEEK = ("{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{% set ns = "
-            "namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}{%- for message in messages %}"
-            "{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}"
-            "{{bos_token}}{{ns.system_prompt}}{%- for message in messages %}{%- if message['role'] == 'user' %}"
-            "{%- set ns.is_tool = false -%}{{'<｜User｜>' + message['content']}}{%- endif %}{%- endfor -%}"
-            "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜><think>\\n'}}{% endif %}")
-ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
-          "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-          "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
-EXTRAS = ("{%- for m in messages %}\n  {%- if not m.content %}{% continue %}{% endif %}\n{{ m | tojson }} {{ m | tojson(indent=2) }}\n"
-          "{% generation %}{% set x = 1 %}<|im_start|>{{ m.role }}{% endgeneration %}{{ x is defined }}\n"
-          "  {# indented: lstrip_blocks #}\n  {% if loop.first %}{% break %}{% endif %}\n{% endfor %}{{ documents is none }}")
-TEMPLATES = dict(qwen25=QWEN25, qwen3=QWEN3, llama3=LLAMA3, llama32=LLAMA32, mistral=MISTRAL, deepseek=DEEPSEEK, zephyr=ZEPHYR,
-                 extras=EXTRAS)
+# The templates that the models are published with, word for word where it matters (loops,
+# namespaces, white space control, tojson, dates, raised errors); what only tools and images reach
+# is shortened. `extras` has what no published one has.
+TEMPLATES = {}
+for file in sorted(Path(__file__).with_name("templates").glob("*.jinja")):
+    TEMPLATES[file.stem] = file.read_text(encoding="utf-8")
 
-TEXTS = ["What is 2 + 2?", "  Two lines\nwith <html> & \"quotes\" \\ and ünïcödé — 日本 🙂 \n", "", "the word <|im_end|> in the text"]
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-           "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>"]
-CORPUS = ["You are a helpful assistant. What is the capital of the word system user assistant?", "I don't know. USER: ASSISTANT: <think>"]
+TEXTS = [
+    "What is 2 + 2?", '  Two lines\nwith <html> & "quotes" \\ and ünïcödé — 日本 🙂 \n', "",
+    "the word <|im_end|> in the text"
+]
+SPECIAL = [
+    "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>", "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]", "<|user|>",
+    "<|assistant|>"
+]
+CORPUS = [
+    "You are a helpful assistant. What is the capital of the word system user assistant?",
+    "I don't know. USER: ASSISTANT: <think>",
+]
 
 
 def byte_level():
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tok.add_tokens(["<think>", "</think>"])  # as Qwen3 and DeepSeek have them: one token, but not special
+    tok.pre_tokenizer, tok.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    )
+    tok.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    # as Qwen3 and DeepSeek have them: one token, but not special
+    tok.add_tokens(["<think>", "</think>"])
     return tok
 
 
 def llama_like():
-    """Word boundaries as ▁, and a post-processor that puts <s> in front unless it is told not to."""
+    """
+    Word boundaries as ▁, and a post-processor that puts <s> in front unless it is told not to.
+    """
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
-    tok.train_from_iterator(CORPUS + TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tok.pre_tokenizer, tok.decoder = (
+        pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
+    )
+    tok.train_from_iterator(
+        CORPUS + TEXTS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False),
+    )
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     return tok
 
 
 def checkpoint(folder, tok, template=None, **config):
     """A model folder as transformers writes it, with the tokenizer of transformers beside it."""
-    reference = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        unk_token="<unk>"
+    )
     reference.chat_template = template
     reference.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"vocab_size": 512, "eos_token_id": 2} | config))
@@ -165,9 +89,12 @@ def change(path, **new):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the byte-level tokenizer and Qwen3's template. Not to be changed; tests that do so make their own."""
+    """
+    A folder with the byte-level tokenizer and Qwen3's template. Not to be changed; tests that do so
+    make their own.
+    """
     folder = tmp_path_factory.mktemp("model")
-    checkpoint(folder, byte_level(), QWEN3)
+    checkpoint(folder, byte_level(), TEMPLATES["qwen3"])
     return folder
 
 
@@ -180,23 +107,34 @@ def test_prompt_ids_are_those_of_transformers(tmp_path, name, build):
     chat = Chat(tmp_path)
     for text in TEXTS:
         turn = [{"role": "user", "content": text}]
-        want = reference.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False)
+        want = reference.apply_chat_template(
+            turn, add_generation_prompt=True, enable_thinking=False, tokenize=True,
+            return_dict=False
+        )
         if name == "deepseek":  # the template leaves thinking open; we close it
-            rendered = reference.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            rendered = reference.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=False
+            )
             assert rendered.endswith("<think>\n")
             want = reference.encode(rendered + "\n</think>\n\n", add_special_tokens=False)
         assert chat.prompt(text) == want
 
 
 def test_the_comparison_would_notice(tmp_path):
-    """Special tokens added a second time, an open <think>, and white space control all change the ids."""
-    reference = checkpoint(tmp_path, llama_like(), LLAMA3)
+    """
+    Special tokens added a second time, an open <think>, and white space control all change the ids.
+    """
+    reference = checkpoint(tmp_path, llama_like(), TEMPLATES["llama3"])
     chat = Chat(tmp_path)
     ids = chat.prompt("What")
-    assert ids.count(1) == 1 and reference.encode(chat.render("What")).count(1) == 2
-    checkpoint(tmp_path, byte_level(), QWEN3)
-    assert Chat(tmp_path).render("a") == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    checkpoint(tmp_path, byte_level(), DEEPSEEK)
+    assert ids.count(1) == 1
+    assert reference.encode(chat.render("What")).count(1) == 2
+    checkpoint(tmp_path, byte_level(), TEMPLATES["qwen3"])
+    assert (
+        Chat(tmp_path).render("a")
+        == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    checkpoint(tmp_path, byte_level(), TEMPLATES["deepseek"])
     assert Chat(tmp_path).render("a") == "<s><｜User｜>a<｜Assistant｜><think>\n\n</think>\n\n"
 
 
@@ -208,22 +146,38 @@ def test_where_the_template_is_found(tmp_path):
     assert Chat(tmp_path).render("x") == "from the file x"
     file.unlink()
     assert Chat(tmp_path).render("x") == "from the config </s>"
-    change(config, chat_template=[{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}])
+    change(
+        config,
+        chat_template=[
+            {"name": "tool_use", "template": "tools"},
+            {"name": "default", "template": "plain"},
+        ],
+    )
     assert Chat(tmp_path).render("x") == "plain"
     change(config, chat_template=[{"name": "tool_use", "template": "tools"}])
     with pytest.raises(InputError, match="default"):
         Chat(tmp_path)
     change(config, chat_template=None)  # Vicuna v1.1, as FastChat documents it
     assert Chat(tmp_path).render("Hello!") == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the user's questions. USER: Hello! ASSISTANT:")
+        "<s>A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: Hello! ASSISTANT:"
+    )
 
 
 def test_special_tokens_of_older_files(tmp_path):
-    """Tokens written as objects, tokens only in special_tokens_map.json, or only as ids in config.json; an explicit null."""
-    checkpoint(tmp_path, byte_level(), "{{ bos_token }}|{{ eos_token }}", bos_token_id=1, eos_token_id=[5, 2])
+    """
+    Tokens written as objects, tokens only in special_tokens_map.json, or only as ids in
+    config.json; an explicit null.
+    """
+    checkpoint(
+        tmp_path, byte_level(), "{{ bos_token }}|{{ eos_token }}", bos_token_id=1,
+        eos_token_id=[5, 2]
+    )
     config = tmp_path / "tokenizer_config.json"
-    change(config, bos_token={"__type": "AddedToken", "content": "<s>"}, eos_token={"content": "</s>"})
+    change(
+        config, bos_token={"__type": "AddedToken", "content": "<s>"}, eos_token={"content": "</s>"}
+    )
     assert (Chat(tmp_path).render(""), Chat(tmp_path).eos_id) == ("<s>|</s>", 2)
     change(config, bos_token=None, eos_token=None)
     assert (Chat(tmp_path).render(""), Chat(tmp_path).eos_id) == ("<s>|<|im_end|>", 5)
@@ -235,7 +189,7 @@ def test_special_tokens_of_older_files(tmp_path):
 
 
 def test_ends_of_a_text(tmp_path):
-    checkpoint(tmp_path, byte_level(), QWEN3, eos_token_id=5)
+    checkpoint(tmp_path, byte_level(), TEMPLATES["qwen3"], eos_token_id=5)
     chat = Chat(tmp_path)
     assert (chat.eos_id, chat.stop, chat.pad_id, chat.vocab_size) == (2, {2, 5}, 3, 512)
     change(tmp_path / "generation_config.json", eos_token_id=[8, 5])
@@ -273,7 +227,9 @@ def test_missing_and_broken_files(tmp_path):
         with pytest.raises(InputError, match=name):
             Chat(tmp_path)
         (tmp_path / name).unlink()
-        with pytest.raises(InputError, match=name if name == "config.json" else "save a fast tokenizer.json"):
+        with pytest.raises(
+            InputError, match=name if name == "config.json" else "save a fast tokenizer.json"
+        ):
             Chat(tmp_path)
         checkpoint(tmp_path, byte_level())
 
@@ -296,14 +252,15 @@ def test_encode_is_prompt_response_eos(folder):
     assert ids == prompt + response + [chat.eos_id]
     assert mask == [False] * len(prompt) + [True] * (len(response) + 1)
     assert chat.decode(ids[len(prompt):]) == "I don't know."
-    assert chat.encode("What is it?", "I don't know.", max_len=len(ids)) == (ids, mask) and chat.cut == 0
+    assert chat.encode("What is it?", "I don't know.", max_len=len(ids)) == (ids, mask)
+    assert chat.cut == 0
 
 
 def test_settings_for_batches_in_the_tokenizer_file_are_ignored(tmp_path, folder):
     tok = byte_level()
     tok.enable_truncation(4)
     tok.enable_padding(length=60)
-    checkpoint(tmp_path, byte_level(), QWEN3)
+    checkpoint(tmp_path, byte_level(), TEMPLATES["qwen3"])
     tok.save(str(tmp_path / "tokenizer.json"))
     assert Chat(tmp_path).prompt("What?") == Chat(folder).prompt("What?")
     tok.no_truncation()
@@ -312,16 +269,19 @@ def test_settings_for_batches_in_the_tokenizer_file_are_ignored(tmp_path, folder
 
 
 def test_the_response_carries_no_second_bos(tmp_path):
-    checkpoint(tmp_path, llama_like(), LLAMA3)
+    checkpoint(tmp_path, llama_like(), TEMPLATES["llama3"])
     ids, mask = Chat(tmp_path).encode("What is it?", "I don't know.")
-    assert ids.count(1) == 1 and ids.index(1) == 0
+    assert ids.count(1) == 1
+    assert ids.index(1) == 0
 
 
 def test_a_long_response_loses_its_end(folder):
     chat = Chat(folder)
     full, _ = chat.encode("What?", "word " * 200)
     ids, mask = chat.encode("What?", "word " * 200, max_len=100)
-    assert ids == full[:100] and chat.eos_id not in ids and chat.cut == 1
+    assert ids == full[:100]
+    assert chat.eos_id not in ids
+    assert chat.cut == 1
     assert mask == [False] * len(chat.prompt("What?")) + [True] * (100 - len(chat.prompt("What?")))
 
 
@@ -329,20 +289,34 @@ def test_a_long_prompt_keeps_its_template_and_the_response(folder, capsys):
     chat = Chat(folder)
     text = "".join(f"line {i} of the text; " for i in range(200))
     ids, mask = chat.encode(text, "I don't know.", max_len=100)
-    assert chat.cut == 1 and len(ids) <= 100
+    assert chat.cut == 1
+    assert len(ids) <= 100
     n = mask.index(True)
-    assert chat.decode(ids[n:]) == "I don't know." and ids[-1] == chat.eos_id
+    assert chat.decode(ids[n:]) == "I don't know."
+    assert ids[-1] == chat.eos_id
     rendered = chat.tok.decode(ids[:n], skip_special_tokens=False)
-    kept = rendered.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert rendered == chat.render(kept) and text.startswith(kept) and len(kept) > 50
+    kept = rendered.removeprefix("<|im_start|>user\n").removesuffix(
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert rendered == chat.render(kept)
+    assert text.startswith(kept)
+    assert len(kept) > 50
     room = 100 - len(ids[n:])
-    assert len(chat.prompt(text[:len(kept) + 1])) > room >= n  # one character more would not have fitted
-    assert ids[:n] == chat.prompt(text, n) and chat.cut == 2
+    # one character more would not have fitted
+    assert len(chat.prompt(text[:len(kept) + 1])) > room >= n
+    assert ids[:n] == chat.prompt(text, n)
+    assert chat.cut == 2
     both, mask = chat.encode(text, text, max_len=100)  # both too long: the response keeps a quarter
-    assert len(both) == 100 and 25 <= sum(mask) <= 28 and chat.cut == 3
+    assert len(both) == 100
+    assert 25 <= sum(mask) <= 28
+    assert chat.cut == 3
     chat.say_cut("samples", 100)
-    chat.say_cut("samples", 100)                               # said once
-    assert capsys.readouterr().err == "note: 3 samples were longer than 100 tokens and cut (--max-len)\n" and chat.cut == 0
+    chat.say_cut("samples", 100)  # said once
+    assert (
+        capsys.readouterr().err
+        == "note: 3 samples were longer than 100 tokens and cut (--max-len)\n"
+    )
+    assert chat.cut == 0
 
 
 def test_no_room_for_the_template(folder):
@@ -354,5 +328,7 @@ def test_no_room_for_the_template(folder):
 
 def test_collate():
     ids, mask = collate([([5, 6, 7], [False, True, True]), ([8], [True])], pad_id=3)
-    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and ids.dtype == torch.int64
-    assert mask.tolist() == [[False, True, True], [True, False, False]] and mask.dtype == torch.bool
+    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]]
+    assert ids.dtype == torch.int64
+    assert mask.tolist() == [[False, True, True], [True, False, False]]
+    assert mask.dtype == torch.bool
