@@ -3,6 +3,7 @@ The house: imports run downwards only, from the floor of the files to the labora
 """
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_imports_run_downwards(path):
         found.discard("lab")  # one floor, several rooms
     for name in found:
         assert FLOOR[name] < FLOOR[own], f"{own} imports {name}"
+
+
+def test_the_drawing_is_true():
+    """PAPER.md's drawing of the house has every file on its floor: a new file belongs there too."""
+    drawn = (ROOT / "PAPER.md").read_text(encoding="utf-8").partition("```mermaid")[2]
+    floors = drawn.split("subgraph ")[1:]
+    assert [set(re.findall(r"<b>(\w+)", floor)) for floor in floors] == FLOORS
 
 
 def is_script(path):
