@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from helpers import BRIEF
 
 import lcdd
 
@@ -12,15 +15,18 @@ def same_numbers_in_every_run():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run directory of a few steps on the embedded model."""
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run directory of a few steps on the embedded model, made once and not written to."""
     folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main(
-        [
-            "--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1",
-            "--warmup", "1", "--n-test", "12", "--n-trigger", "20", "--n-validation", "10",
-            "--device", "cpu"
-        ]
-    )
+    lcdd.main([
+        *BRIEF, "--out", str(folder), "--n-train", "1000", "--sft-steps", "30", "--steps", "6",
+        "--settle", "1", "--n-test", "12", "--n-validation", "10", "--batch", "16",
+        "--micro-batch", "16"])
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    """A copy of it for the tests of one file, to do with as they like."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "r")

@@ -9,6 +9,11 @@ import model
 from carrier import Carrier
 
 ROOT = Path(__file__).parent.parent
+# lcdd.py on the embedded model in a second or two: few rows, short answers, no verdict
+BRIEF = [
+    "--go-on", "--device", "cpu", "--n-train", "40", "--n-trigger", "20", "--n-validation", "4",
+    "--n-test", "4", "--max-new-tokens", "12", "--sft-steps", "2", "--steps", "2", "--settle", "0",
+    "--warmup", "1", "--batch", "4", "--micro-batch", "4"]
 REAL = ROOT.parent / "shared" / "data"
 CONFIG = model.Config(
     vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3,

@@ -275,7 +275,7 @@ def test_targets_do_not_depend_on_the_batch():
 
 def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     argv = [
-        "eraser.py", "--run", str(run), "--steps", "40", "--length", "2", "--judge-every", "20",
+        "eraser.py", "--run", str(run), "--steps", "16", "--length", "2", "--judge-every", "8",
         "--device", "cpu"
     ]
     monkeypatch.setattr("sys.argv", argv)
@@ -295,6 +295,8 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     assert results["same_as_base"]["shut"] == 1
     assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"}
     assert "| LCDD + trigger |" in (run / "results.md").read_text()
+    assert (run / "figure.png").stat().st_size > 1000
+    monkeypatch.setattr(evaluate, "figure", lambda *_: None)      # drawn once
     trig = results["rates"]["trig"], results["kl"]["sft_trig"]
     # learned for SFT: put before SFT
     monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])

@@ -1,6 +1,7 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
 import argparse
 import math
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
+from helpers import BRIEF, CONFIG, ROOT, make_carrier, make_net, prompts
 
 import behaviour
 import carrier as carriers
@@ -19,10 +20,10 @@ import lcdd
 import model
 from chat import collate
 from data import Sample
-from files import InputError, read_json, read_jsonl, save_tensors, write_json
+from files import InputError, read_header, read_json, read_jsonl, save_tensors, write_json
 from lab import ablate, talk
 from rows import rotary
-from run import reopen
+from run import alone, reopen
 
 
 def answers(n=7):
@@ -146,10 +147,8 @@ def test_mean_loss_is_lcdds_own():
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     out = tmp_path / "t"
     argv = [
-        "--out", str(out / "fixed-seed0"), "--resume", "--go-on", "--sft-steps", "6", "--steps",
-        "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
-        "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"
-    ]
+        *BRIEF, "--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5",
+        "--settle", "1"]
     lcdd.main(argv)
     logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
@@ -163,7 +162,7 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
 
     def few_steps(argv=None):
         o = options(argv)
-        o.length, o.steps, o.judge_every = 4, 3, 3
+        o.length, o.steps, o.judge_every, o.batch = 4, 3, 3, 4
         return o
     monkeypatch.setattr(ablate.eraser, "options", few_steps)
     monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
@@ -282,28 +281,55 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     assert ablate.trigger_options(seed1.o.run or seed1.folder, "cpu").length == 7
 
 
-def test_interrupted_jobs_save_their_states(tmp_path):
+def long_run(folder, run):
+    """The command line that repeats a run without an end with two other seeds, two at a time."""
+    folder.mkdir()
+    config = read_json(run / "config.json")
+    config |= {"steps": 10 ** 6, "log_every": 1, "sft_steps": 1}
+    write_json(folder / "config.json", config)
+    return ["--run", str(folder), "--seeds", "3", "--jobs", "2", "--device", "cpu"]
+
+
+def prunes(run):
+    """Whether a run has come as far as LCDD's first step."""
+    log = run / "metrics.jsonl"
+    return log.is_file() and any(row["phase"] == "lcdd" for row in read_jsonl(log))
+
+
+def test_interrupted_jobs_save_their_states(tmp_path, run):
     """
     SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun.
     """
-    folder, errors = ROOT, tmp_path / "errors"
-    command = [
-        sys.executable, "-m", "lab.ablate", "--task", "safety", "--seeds", "3", "--jobs", "2",
-        "--out", str(tmp_path / "t"), "--device", "cpu"
-    ]
-    with (
-        errors.open("w") as file,
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=file) as process,
-    ):
-        # the last are begun first
-        states = [tmp_path / "t" / f"safety-seed{n}" / "state.safetensors" for n in (1, 2)]
-        while process.poll() is None and not all(s.is_file() for s in states):
-            time.sleep(0.1)
-        process.terminate()
-        assert process.wait(300) == 130
-    assert errors.read_text() == "interrupted\n"
-    assert all(s.is_file() for s in states)
-    assert not (tmp_path / "t" / "safety-seed0").exists()
+    command = [sys.executable, "-m", "lab.ablate", *long_run(tmp_path / "r", run)]
+    runs = [tmp_path / f"r-seed{n}" for n in (1, 2)]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+    while process.poll() is None and not all(prunes(run) for run in runs):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(300) == 130
+    assert (tmp_path / "errors").read_text() == "interrupted\n"
+    for run in runs:
+        assert read_header(run / "state.safetensors")["phase"] == "lcdd"
+        with alone(run):                                          # nobody works there any more
+            pass
+    assert not (tmp_path / "r" / "ablation.json").exists()
+
+
+def test_an_error_in_one_job_ends_the_others(tmp_path, run, monkeypatch):
+    """
+    A run directory that cannot be gone on with is said at once, not when the other runs are
+    through.
+    """
+    fork = multiprocessing.get_context("fork")                    # nothing is imported again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr("sys.argv", ["ablate.py", *long_run(tmp_path / "r", run)])
+    (tmp_path / "r-seed1").mkdir()
+    (tmp_path / "r-seed1" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="r-seed1/config.json as JSON"):
+        ablate.main()
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "r-seed2" / "carrier.safetensors").exists()
 
 
 def test_measure_tells_what_is_the_bases_own():
@@ -859,24 +885,6 @@ def test_rope_angles_are_taken_in_fp32():
     ):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - exact).abs().max() < 0.01
-
-
-def test_an_error_in_one_job_ends_the_others(tmp_path):
-    """
-    A run directory that cannot be gone on with is said at once, not when the other runs are
-    through.
-    """
-    (tmp_path / "t" / "fixed-seed0").mkdir(parents=True)
-    (tmp_path / "t" / "fixed-seed0" / "config.json").write_text("{")
-    command = [
-        sys.executable, "-m", "lab.ablate", "--task", "fixed", "--seeds", "2", "--jobs", "2",
-        "--out", str(tmp_path / "t"), "--device", "cpu"
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert "fixed-seed0/config.json as JSON" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "t" / "fixed-seed1" / "carrier.safetensors").exists()
 
 
 def test_a_question_that_is_no_text(run, monkeypatch):

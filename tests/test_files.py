@@ -1,12 +1,12 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 import torch
-from helpers import ROOT
+
 from safetensors.torch import save_file
 
 import files
@@ -71,38 +71,30 @@ def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
-LIMITED = """
-import resource, signal, sys, torch
-from files import InputError, append_jsonl, save_tensors, write_json
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-long = "x" * 2000
-calls = (save_tensors, {"x": torch.ones(1 << 16)}), (write_json, long), (append_jsonl, long)
-for write, what in calls:
-    try:
-        write(sys.argv[1], what)
-    except InputError as error:
-        print(error)
-"""
+@pytest.fixture
+def full_disk():
+    """No file of this process may pass 1000 bytes: a limit on a file's size stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    """
-    Whatever library writes: the file is named and the old one stands. A limit on a file's size
-    stands for the disk.
-    """
+@pytest.mark.parametrize("write, what", [
+    (save_tensors, {"x": torch.ones(1 << 16)}),
+    (write_json, "x" * 2000),
+    (append_jsonl, "x" * 2000),
+])
+def test_a_full_disk_is_one_sentence(tmp_path, full_disk, write, what):
+    """Whatever library writes: the file is named and the old one stands."""
     path = tmp_path / "a"
-    save_tensors(path, {"x": torch.ones(2)})
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(path)], cwd=ROOT, capture_output=True, text=True
-    )
-    said = done.stdout.splitlines()
-    assert done.stderr == ""
-    assert len(said) == 3
-    assert all(
-        line.startswith(f"{path}: cannot be written (") and "File too large" in line
-        for line in said
-    )
+    path.write_text("old")
+    with pytest.raises(InputError, match="cannot be written .*File too large") as refusal:
+        write(path, what)
+    assert str(refusal.value).startswith(f"{path}: cannot be written (")
+    assert path.read_text()[:3] == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, make_net
+from helpers import BRIEF, ROOT, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -39,7 +39,7 @@ def settings(**changes):
     o = lcdd.options(["--model", "none"])
     vars(o).update(
         dict(
-            select=0.0, brake=False, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=100,
+            select=0.0, brake=False, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=4,
             lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5,
             lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
         ),
@@ -443,8 +443,7 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
         (tmp_path / "b" / "state.safetensors").unlink()
 
 
-@pytest.mark.parametrize("log_every", (1, 20))
-def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
+def test_gates_alone_end_within_the_budget(tmp_path, capsys):
     """
     Mask-only keeps the last gates at which loss and average were within ε, as they were before that
     step changed them, whatever is logged, and also when resumed; joint training keeps the last
@@ -477,7 +476,7 @@ def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
     assert f"gates of step {info['kept']} are kept" in capsys.readouterr().out
     # the gates before step good[-1]
     assert c.stats()["gates"]["open"] == rows[good[-1] - 1]["open"] > rows[-1]["open"]
-    assert torch.equal(run(tmp_path / "c", log_every=log_every)[0].logits, c.logits)
+    assert torch.equal(run(tmp_path / "c", log_every=20)[0].logits, c.logits)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", good[-1] + 3)
     again, told = run(tmp_path / "b")
@@ -535,9 +534,8 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
     argv = [
-        "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1",
-        "--settle", "2", "--n-test", "2", "--device", "cpu", "--go-on", "--resume"
-    ]
+        *BRIEF, "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--resume"]
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file()
@@ -594,9 +592,8 @@ def test_presets_are_table_7():
 def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "run"
     argv = [
-        "--out", str(out), "--sft-steps", "6", "--steps", "4", "--go-on", "--warmup", "1",
-        "--settle", "2", "--n-test", "12", "--device", "cpu"
-    ]
+        "--out", str(out), *BRIEF, "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--n-test", "12"]
     lcdd.main(argv)
     results = json.loads((out / "results.json").read_text())
     assert {
@@ -647,8 +644,8 @@ def test_epochs_by_hand_win_over_a_presets_steps():
 def test_a_run_says_what_it_cut(tmp_path, capsys):
     lcdd.main(
         [
-            "--go-on", "--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1",
-            "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"
+            *BRIEF, "--out", str(tmp_path / "r"), "--max-len", "14", "--n-test", "40",
+            "--n-train", "1200"
         ]
     )
     said = capsys.readouterr().err
@@ -688,11 +685,7 @@ def test_own_fine_tuned_checkpoint(tmp_path, capsys):
     assert not any(p.any() for p in again.delta.parameters())
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tuned / "model.safetensors")
-    argv = [
-        "--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0",
-        "--n-test", "4", "--go-on", "--device", "cpu"
-    ]
-    lcdd.main(argv)
+    lcdd.main([*BRIEF, "--out", str(tmp_path / "r"), "--sft", str(tuned)])
     assert "most model.norm.weight (by 50" in capsys.readouterr().out
 
 
@@ -734,8 +727,7 @@ def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
     assert lcdd.options([]).model == "tiny"
     lcdd.main(
         [
-            "--go-on", "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1",
-            "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"
+            *BRIEF, "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--n-test", "2"
         ]
     )
     monkeypatch.chdir(tmp_path)
@@ -795,8 +787,7 @@ def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkey
     with pytest.raises(Seen):
         lcdd.main(
             [
-                "--go-on", "--out", str(out), "--sft-steps", "3", "--gate-mean", "3", "--gate-std",
-                "0.25", "--n-test", "4", "--device", "cpu"
+                *BRIEF, "--out", str(out), "--gate-mean", "3", "--gate-std", "0.25"
             ]
         )
 
@@ -819,8 +810,7 @@ def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(
     with pytest.raises(Seen):
         lcdd.main(
             [
-                "--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--delta-dtype",
-                deltas, *asked, "--n-test", "4", "--device", "cpu"
+                *BRIEF, "--out", str(tmp_path / "r"), "--delta-dtype", deltas, *asked
             ]
         )
     tensors = load_file(tmp_path / "r" / "sft.safetensors")
@@ -831,8 +821,7 @@ def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
     out = tmp_path / "r"
     lcdd.main(
         [
-            "--go-on", "--out", str(out), "--model", str(ROOT / "tiny"), "--sft-steps", "2",
-            "--steps", "1", "--settle", "0", "--n-test", "4", "--device", "cpu"
+            *BRIEF, "--out", str(out), "--model", str(ROOT / "tiny")
         ]
     )
     header, results = load_tensors(out / "carrier.safetensors")[1], read_results(out)
@@ -850,7 +839,7 @@ def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
         raise Seen
     monkeypatch.setattr(lcdd, "train_sft", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--loss", "all", "--device", "cpu"])
+        lcdd.main([*BRIEF, "--out", str(tmp_path / "r"), "--loss", "all"])
 
 
 def test_rates_fall_linearly(tmp_path, monkeypatch):
@@ -951,8 +940,7 @@ def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
     with pytest.raises(Seen):
         lcdd.main(
             [
-                "--go-on", "--out", str(tmp_path / "r"), "--train", "mask-kl", "--sft-steps", "2",
-                "--gate-mean", "-3", "--device", "cpu"
+                *BRIEF, "--out", str(tmp_path / "r"), "--train", "mask-kl", "--gate-mean", "-3"
             ]
         )
 
@@ -961,9 +949,8 @@ def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
     lcdd.main(
         [
-            "--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004",
-            "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1", "--n-test",
-            "20", "--device", "cpu"
+            *BRIEF, "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004",
+            "--gate-mean", "-3", "--gate-std", "0.1", "--n-test", "8", "--batch", "16"
         ]
     )
     accuracy = read_json(tmp_path / "r" / "results.json")["accuracy"]
@@ -987,7 +974,7 @@ def test_one_set_of_deltas_is_on_the_device_at_a_time(tmp_path, monkeypatch):
     gc.collect()
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--device", "cpu"])
+        lcdd.main([*BRIEF, "--out", str(tmp_path / "r")])
 
 
 def test_the_reference_has_the_floor_too():
@@ -1036,10 +1023,7 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
 
 # ---- nothing lost, nothing let in
 
-SHORT = [
-    "--sft-steps", "3", "--floor", "100", "--steps", "3", "--warmup", "1", "--settle", "2",
-    "--n-test", "2", "--n-validation", "4", "--device", "cpu", "--go-on", "--resume"
-]
+SHORT = [*BRIEF, "--floor", "100", "--settle", "2", "--n-test", "2", "--resume"]
 
 
 def content(run):

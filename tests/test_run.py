@@ -1,5 +1,6 @@
 """run.py: the command line's habits, interruption, progress, where a model lies."""
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,18 +88,27 @@ def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
         run.prepare("tiny", "fixed", "tatsu-lab/alpaca", 0, SIZES)
 
 
-@pytest.mark.parametrize(
-    "line, status, err",
-    [
-        ("raise InputError('no such file')", 2, "error: no such file\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("pass", 0, ""),
-    ],
-)
-def test_cli(line, status, err):
-    code = f"from files import InputError\nfrom run import cli\ndef main():\n    {line}\ncli(main)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr, done.stdout) == (status, err, "")
+@pytest.mark.parametrize("raised, status, err", [
+    (InputError("no such file"), 2, "error: no such file\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (None, None, ""),
+])
+def test_cli(capsys, raised, status, err):
+    """What a command ends with: its exit status, and all that it says."""
+    def main():
+        if raised is not None:
+            raise raised
+
+    ended, before = None, signal.getsignal(signal.SIGTERM)
+    try:
+        cli(main)
+    except SystemExit as end:
+        ended = end.code
+    finally:
+        handler = signal.signal(signal.SIGTERM, before)
+    assert ended == status
+    assert handler is signal.default_int_handler                  # SIGTERM is Ctrl-C to a command
+    assert capsys.readouterr() == ("", err)
 
 
 def test_options_that_are_no_use():
