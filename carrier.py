@@ -476,6 +476,8 @@ def load(path, net, dtype=None):
         raise InputError(f"{path}: this carrier was made on another base model; load the one named "
                          "in its config.json")
     stored = [t.dtype for name, t in tensors.items() if name.startswith("delta.")]
+    for odd in (kind for kind in stored if not kind.is_floating_point or kind.itemsize < 2):
+        raise InputError(f"{path}: deltas of {odd}, which is no dtype to compute in; restore the file")
     carrier = Carrier(net.config, dtype or (stored or [torch.float32])[0], net.device)
     try:
         fill(carrier, tensors)

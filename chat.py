@@ -4,18 +4,20 @@ Text ↔ ids: the tokenizer and chat template of a checkpoint, and batches of wh
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 import bisect
+import contextlib
 import hashlib
 import json
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError, ext, nodes, sandbox
 from tokenizers import Tokenizer
 
+import ggufs
 import spm
-from files import InputError, fingerprint, read_json
+import template
+import weights
+from files import InputError, fingerprint, read_text, shown
 
 VICUNA = (  # v1.1, for checkpoints that have no template
     "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. "
@@ -23,59 +25,30 @@ VICUNA = (  # v1.1, for checkpoints that have no template
     "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-# ---- the template
-
-class Generation(ext.Extension):
-    """{% generation %}, which marks the assistant's text in some templates: passed through."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return nodes.Scope(body)
-
-
-def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As the transformers library has it: jinja's own escapes HTML."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
-def raise_exception(message):
-    raise TemplateError(message)
-
-
-def strftime_now(form):
-    return datetime.now().strftime(form)
-
-
-def compile_template(text):
-    """A chat template, with the extensions, filters and globals that transformers gives it."""
-    env = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return env.from_string(text)
+SAVE_ONE = ("save a fast tokenizer.json there, in transformers by "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+OWN = "use the model's own"
 
 
 # ---- the chat
 
-def read_optional(path):
-    return read_json(path) if path.exists() else {}
-
-
-def as_list(ids):
-    """Token ids of a configuration: one, several or none, as a list."""
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
+@contextlib.contextmanager
+def blaming(file, advice):
+    """
+    Within it, whatever the tokenizers library raises is an InputError about the tokenizer's file: it
+    raises nothing finer, and its panics are no Exception.
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:
+        raise InputError(f"{file}: the tokenizer fails ({e}); {advice}") from None
 
 
 class Chat:
     """
-    Tokenizer and chat template of a model folder; the only place where text becomes ids.
+    Tokenizer and chat template of a model folder or GGUF file; the only place where text becomes ids.
 
     eos_id       ends a response
     pad_id       fills a batch (eos_id where the tokenizer has none)
@@ -89,53 +62,61 @@ class Chat:
     """
 
     def __init__(self, folder):
-        self.folder, self.cut = Path(folder), 0
+        self.folder, self.cut, self.rendered = Path(folder), 0, {}
+        template.CHILD.start()                          # while the tokenizer is read
         self.path = self.folder / "tokenizer.json"
         if not self.path.exists() and (self.folder / "tokenizer.model").exists():
             self.path = self.folder / "tokenizer.model"
-        config = read_json(self.folder / "config.json")
-        settings = read_optional(self.folder / "tokenizer_config.json")
-        generation = read_optional(self.folder / "generation_config.json")
-        special = read_optional(self.folder / "special_tokens_map.json")
+        if ggufs.is_gguf(self.folder):
+            self.path = self.folder
+        config = weights.described(folder, "config.json")
+        settings = weights.described(folder, "tokenizer_config.json")
+        generation = weights.described(folder, "generation_config.json")
+        special = weights.described(folder, "special_tokens_map.json")
         self.vocab_size = config.get("vocab_size")
         self.tok = self.load_tokenizer()
-        self.special = self.special_tokens({**special, **settings}, config, settings)
-        self.eos_id = self.tok.token_to_id(self.special["eos_token"])
-        pad = self.tok.token_to_id(self.special.get("pad_token", ""))
+        with blaming(self.path, OWN):
+            self.special = self.special_tokens({**special, **settings}, config, settings)
+            self.eos_id = self.tok.token_to_id(self.special["eos_token"])
+            pad = self.tok.token_to_id(self.special.get("pad_token", ""))
         self.pad_id = self.eos_id if pad is None else pad
         self.stop = {self.eos_id}
         for source in (config, generation):
-            self.stop.update(as_list(source.get("eos_token_id")))
-        for i in self.stop:
-            if i not in range(self.vocab_size):
-                raise InputError(f"{self.folder}: eos_token_id {i} is outside the vocabulary "
-                                 f"of {self.vocab_size}")
+            self.stop.update(self.token_ids(source, "eos_token_id"))
         self.template = self.load_template(settings)
         self.begin = self.beginning(settings)
 
     def load_tokenizer(self):
         """The tokenizer, checked against the size of the embedding."""
-        try:
+        if not self.path.is_file():
+            raise InputError(f"{self.path} is missing; {SAVE_ONE}")
+        with blaming(self.path, SAVE_ONE):
             if self.path.suffix == ".model":
                 tok = spm.tokenizer(self.path)
+            elif self.path.suffix == ggufs.SUFFIX:
+                tok = ggufs.tokenizer(self.path)
             else:
                 tok = Tokenizer.from_file(str(self.path))
-        except InputError:
-            raise
-        except Exception as e:  # the library raises nothing finer
-            raise InputError(
-                f"{self.path} is missing or unreadable ({e}); save a fast tokenizer.json there, in "
-                "transformers by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            ) from None
-        tok.no_truncation()
-        tok.no_padding()
-        vocabulary = tok.get_vocab()
-        token = max(vocabulary, key=vocabulary.get)
-        if not isinstance(self.vocab_size, int) or vocabulary[token] >= self.vocab_size:
+            tok.no_truncation()
+            tok.no_padding()
+            vocabulary = tok.get_vocab()
+            token = max(vocabulary, key=vocabulary.get)
+        if type(self.vocab_size) is not int or vocabulary[token] >= self.vocab_size:
             raise InputError(
                 f"{self.path}: token {token!r} has id {vocabulary[token]}, but vocab_size in "
                 f"config.json is {self.vocab_size}; use the model's own tokenizer")
         return tok
+
+    def token_ids(self, source, name):
+        """Token ids of a configuration: one, several or none, as a list."""
+        ids = source.get(name)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                raise InputError(f"{self.folder}: {name} {shown(i)} is outside the vocabulary of "
+                                 f"{self.vocab_size}; use the model's own config.json and "
+                                 "generation_config.json")
+        return ids
 
     def special_tokens(self, named, config, settings):
         """
@@ -144,13 +125,16 @@ class Chat:
         """
         found = {}
         for name, value in named.items():
-            if name.endswith("_token") and isinstance(value, (str, dict)):
-                found[name] = value["content"] if isinstance(value, dict) else value
+            if name.endswith("_token") and type(value) is not bool and value is not None:
+                found[name] = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(found[name], str):
+                    raise InputError(f"{self.folder}: {name} = {shown(value)} in tokenizer_config.json or "
+                                     "special_tokens_map.json is no token; use the model's own")
         for name in ("bos_token", "eos_token"):
-            ids = as_list(config.get(f"{name}_id"))
             # "bos_token": null says that there is none
-            if ids and (name not in settings or name == "eos_token"):
-                found.setdefault(name, self.tok.id_to_token(ids[0]) or f"of id {ids[0]}")
+            if name not in settings or name == "eos_token":
+                for i in self.token_ids(config, f"{name}_id")[:1]:
+                    found.setdefault(name, self.tok.id_to_token(i) or f"of id {i}")
             token = found.get(name, "")
             known = self.tok.token_to_id(token) is not None
             if not known and (name in found or name == "eos_token"):
@@ -160,34 +144,42 @@ class Chat:
         return found
 
     def load_template(self, settings):
-        """From chat_template.jinja, from tokenizer_config.json, or Vicuna's."""
-        file = self.folder / "chat_template.jinja"
+        """The text from chat_template.jinja, from tokenizer_config.json, or Vicuna's."""
+        file, text = self.folder / "chat_template.jinja", settings.get("chat_template")
         try:
             if file.exists():
-                text = file.read_text(encoding="utf-8")
-            else:
-                text = settings.get("chat_template") or VICUNA
+                text = read_text(file).replace("\r\n", "\n")
             if isinstance(text, list):  # several, by name
                 text = {t["name"]: t["template"] for t in text}["default"]
-            self.template_text = text
-            return compile_template(text)
-        except (TemplateError, KeyError, UnicodeDecodeError) as e:
+            text = text or VICUNA
+            template.render_all(text, [])
+        except (template.TemplateFails, LookupError, TypeError, OSError, UnicodeDecodeError) as e:
             raise InputError(f"{self.folder}: the chat template does not compile ({e}); "
                              "repair it") from None
+        return text
 
     def fingerprint(self):
         """A short hash of what makes ids out of text: tokenizer, template, special tokens."""
-        rest = json.dumps([self.template_text, self.special], sort_keys=True)
-        return fingerprint(self.path) + hashlib.sha256(rest.encode()).hexdigest()[:16]
+        rest = json.dumps([self.template, self.special], sort_keys=True)
+        if self.path == self.folder:  # a GGUF file has the weights in it
+            tokenizer = hashlib.sha256(self.tok.to_str().encode()).hexdigest()[:16]
+        else:
+            tokenizer = fingerprint(self.path)
+        return tokenizer + hashlib.sha256(rest.encode()).hexdigest()[:16]
 
     def ids(self, text):
         """Ids of a text, without special tokens of the tokenizer's own."""
-        return self.tok.encode(text, add_special_tokens=False).ids
+        return self.encoded(text).ids
+
+    def encoded(self, text, special=False):
+        """What the tokenizer makes of a text: ids and their places in it."""
+        with blaming(self.path, OWN):
+            return self.tok.encode(text, add_special_tokens=special)
 
     def beginning(self, settings):
         """[BOS id] where the transformers library puts one before every plain text, else []."""
         bos = self.tok.token_to_id(self.special.get("bos_token", ""))
-        own = self.tok.encode("").ids[:1] == [bos] or self.path.suffix == ".model"
+        own = self.encoded("", special=True).ids[:1] == [bos] or self.path.suffix == ".model"
         wanted = settings.get("add_bos_token")
         return [bos] if bos is not None and (own if wanted is None else wanted) else []
 
@@ -198,10 +190,10 @@ class Chat:
     def unknown(self, texts):
         """(unknown tokens, all tokens, the first text that became an unknown token) of texts."""
         settings = json.loads(self.tok.to_str())["model"]
-        unknown_id = self.tok.token_to_id(settings.get("unk_token") or "")
+        unknown_id = self.tok.token_to_id(str(settings.get("unk_token") or ""))
         count, total, example = 0, 0, ""
         for text in texts:
-            encoded = self.tok.encode(text, add_special_tokens=False)
+            encoded = self.encoded(text)
             total += len(encoded.ids)
             for i, (begin, end) in zip(encoded.ids, encoded.offsets):
                 if i == unknown_id:
@@ -209,21 +201,37 @@ class Chat:
                     example = example or text[begin:end]
         return count, total, example
 
+    def expect(self, texts):
+        """Render user's turns together, which is much faster than one by one, for later prompts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.rendered]
+        written = self.write([self.variables(text) for text in new])
+        self.rendered.update(zip(new, written))
+
+    def variables(self, text, before=()):
+        """What the template gets for a user's turn after earlier messages."""
+        messages = [*before, {"role": "user", "content": text}]
+        return dict(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+                    enable_thinking=False, **self.special)
+
+    def write(self, many):
+        """What the template writes for each of `many` variables."""
+        try:
+            return template.render_all(self.template, many)
+        except template.TemplateFails as e:
+            several = any(len(values["messages"]) > 1 for values in many)
+            what = "several turns" if several else "a single user turn"
+            raise InputError(f"{self.folder}: the chat template fails on {what} ({e}); "
+                             "repair it") from None
+
     def render(self, text, before=()):
         """
         The user's turn as the template writes it, up to where the answer begins, with thinking
         switched off (an open <think> is closed). before: messages of earlier turns, {"role",
         "content"}. Raises InputError where the template fails.
         """
-        messages = [*before, {"role": "user", "content": text}]
-        try:
-            out = self.template.render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=True, enable_thinking=False, **self.special)
-        except (TemplateError, TypeError, ValueError) as e:
-            what = "several turns" if before else "a single user turn"
-            raise InputError(f"{self.folder}: the chat template fails on {what} ({e}); "
-                             "repair it") from None
+        out = self.rendered.get(text)
+        if before or out is None:
+            out = self.write([self.variables(text, before)])[0]
         if out.rstrip().endswith("<think>"):
             return out.rstrip() + "\n\n</think>\n\n"
         return out
@@ -276,7 +284,8 @@ class Chat:
 
     def decode(self, ids):
         """Text of ids, special tokens left out."""
-        return self.tok.decode(list(ids), skip_special_tokens=True)
+        with blaming(self.path, OWN):
+            return self.tok.decode(list(ids), skip_special_tokens=True)
 
 
 # ---- batches

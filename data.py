@@ -12,7 +12,7 @@ from pathlib import Path
 
 import patterns
 from behaviour import BEHAVIOURS, judge, task_name
-from files import InputError
+from files import InputError, read_text
 
 TASKS = tuple(BEHAVIOURS)
 SPLITS = ("train", "trigger", "validation", "test")
@@ -35,8 +35,8 @@ class Sample:
 
 # ---- rows of a file
 
-class Empty(Exception):
-    """A row whose field has no text, which is left out; the message names row and field."""
+class Empty(InputError):
+    """A row whose field has no text, which read() leaves out; the message names row and field."""
 
 
 @dataclass
@@ -84,13 +84,9 @@ def rows(path):
 
 
 def text_rows(path):
-    if path.is_file() and path.stat().st_size > LARGEST:
-        raise InputError(f"{path}: more than {LARGEST >> 20} MB of samples; cut it down")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"cannot read {path}: it is no file; name one of samples")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_text(path, LARGEST)
+    except (OSError, ValueError) as e:
         raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
     start = text.lstrip()[:1]
     if not start:
@@ -109,8 +105,10 @@ def parquet_rows(path):
         raise InputError(f"{path} is a Parquet file, which pyarrow reads: pip install pyarrow, "
                          "or save its rows as JSON lines") from None
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         table = parquet.read_table(path)
-    except (OSError, ArrowException) as e:
+    except (OSError, ValueError, ArrowException) as e:
         raise InputError(f"cannot read {path} as a Parquet file ({e})") from None
     return enumerate(table.to_pylist(), 1)
 

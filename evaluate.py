@@ -10,9 +10,7 @@ One greedy generate() and one scoring path serve every condition; the KLs are ex
 vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,10 @@ import carrier as carriers
 import eraser
 import model
 from chat import collate
-from files import InputError, read_jsonl, whole, write_json, write_text
-from run import Once, check_device, cli, load_model, markdown, read_results, reopen, ticker
+from files import (
+    COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
+from run import (
+    Parser, check_device, check_numbers, cli, load_model, markdown, read_results, reopen, ticker)
 
 NAMES = {
     "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
@@ -321,6 +321,15 @@ def table(results, title):
     return markdown(header, lines)
 
 
+def evaluated():
+    """What results.json of an evaluated run has to be, for check_fields()."""
+    entries = {metric.entry: (None, {"*": NUMBER}) for metric in METRICS}
+    intervals = {metric.entry: (None, {"*": [NUMBER, NUMBER]}) for metric in METRICS}
+    return entries | {
+        "rates": {"*": NUMBER}, "ci": intervals, "kinds": (None, {"*": {"*": {"*": NUMBER}}}),
+        "trigger": (None, {"name": TEXT, "target": eraser.TARGETS, "length": COUNT})}
+
+
 def compare(runs):
     """Evaluated runs in one table, condition by condition. Raises InputError for others."""
     found = {}
@@ -329,6 +338,7 @@ def compare(runs):
         if "ci" not in found[run]:
             raise InputError(f"{run}/results.json holds no evaluation; "
                              f"run python evaluate.py --run {run} first")
+        check_fields(f"{run}/results.json", found[run], evaluated())
     labels = []
     for results in found.values():
         labels += [kind for kind in kinds_of(results) if kind not in labels]
@@ -348,7 +358,7 @@ def draw_training(axes, rows):
     """LCDD's loss against its budget, with λ and the share of gates off, step by step."""
     steps = [r["step"] + 1 for r in rows]
     axes.plot(steps, [max(r["ema"], 1e-6) for r in rows], label="loss (average)")
-    axes.plot(steps, [r["budget"] or math.nan for r in rows], "k--", lw=1, label="budget ε")
+    axes.plot(steps, [r.get("budget") or math.nan for r in rows], "k--", lw=1, label="budget ε")
     axes.plot(steps, [r["lambda"] for r in rows], color="tab:orange", lw=1, label="λ")
     title = "LCDD: loss against budget, λ, sparsity"
     axes.set(yscale="log", xlabel="optimizer step", title=title)
@@ -357,6 +367,14 @@ def draw_training(axes, rows):
     share.set(ylim=(0, 1), ylabel="share of gates off")
     lines = axes.get_lines() + share.get_lines()
     axes.legend(lines, [x.get_label() for x in lines], loc="lower right", fontsize=8)
+
+
+def is_point(row):
+    """Has a line of the log all numbers that draw_training() needs?"""
+    needed = [row.get(name) for name in ("step", "ema", "lambda", "sparsity")]
+    if row.get("budget") is not None:
+        needed.append(row["budget"])
+    return all(type(x) in (int, float) and abs(x) < 1e300 for x in needed)
 
 
 def draw_gates(axes, carrier, sparsity):
@@ -404,8 +422,7 @@ def figure(run, results, carrier, path):
     import matplotlib.pyplot as plt
     file = run / "metrics.jsonl"
     logged = read_jsonl(file) if file.is_file() else []
-    needed = {"step", "ema", "budget", "lambda", "sparsity"}
-    steps = [r for r in logged if r.get("phase") == "lcdd" and needed <= r.keys()]
+    steps = [row for row in logged if row.get("phase") == "lcdd" and is_point(row)]
     fig, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     training, gates, shares, nats = axes.flat
     if steps:
@@ -426,10 +443,9 @@ def figure(run, results, carrier, path):
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, help="run directory that lcdd.py has finished")
+    a("--run", help="run directory that lcdd.py has finished")
     a("--trigger", default="trigger", help="name of the trigger file in it (trigger)")
     either = p.add_mutually_exclusive_group().add_argument
     either("--ask", action="append",
@@ -445,8 +461,7 @@ def options(argv=None):
     o = p.parse_args(argv)
     if bool(o.run) == bool(o.compare):
         raise InputError("give either --run or --compare")
-    if any(re.search("[\ud800-\udfff]", text) for text in o.ask or ()):
-        raise InputError("--ask: the prompt is not UTF-8 text; type it again")
+    check_numbers(o)
     check_device(o.device)
     return o
 

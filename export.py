@@ -11,7 +11,6 @@ prompt   the trigger of the same run, before the merged model or the base with t
 Each folder has a README.md that says what is in it and how it is loaded.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import re
 import shutil
 import textwrap
@@ -22,42 +21,50 @@ from safetensors.torch import save_file
 
 import carrier as carriers
 import eraser
+import ggufs
 import lora
 import model
 import packed
 import weights
-from files import InputError, read_json, replacing, write_json
-from run import EMBEDDED, Once, cli, locate
+from files import InputError, check_fields, read_json, replacing, write_json
+from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate
 
 KINDS = ("merged", "lora", "prompt")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
 COMPANIONS = (".json", ".jinja", ".model", ".txt")   # of files that are taken along with the weights
+DESCRIPTIONS = ("config.json", "tokenizer_config.json", "generation_config.json")
 RANK_LIMIT = 64          # engines that serve adapters side by side stop at ranks of this order
 
 
 def options(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
-    a("--run", action=Once, required=True, help="run directory that lcdd.py has finished")
+    a("--run", required=True, help="run directory that lcdd.py has finished")
     a("--to", required=True, help="folder in which a folder is made for each export")
     a("--as", required=True, nargs="+", choices=KINDS, dest="kinds", help="what to write")
     a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")
     a("--dtype", choices=("float32", "float16", "bfloat16"),
       help="of the merged checkpoint (default: as the base's files)")
     a("--trigger", default="trigger", help="name of the trigger file in the run (trigger)")
-    return p.parse_args(argv)
+    o = p.parse_args(argv)
+    check_numbers(o)
+    return o
 
 
 # ------------------------------------------------------------------------------------------ folders
 
-def companions(source):
-    """The files of a checkpoint's folder that belong to it and are no weights."""
+def write_companions(folder, source):
+    """The files of a checkpoint that are no weights: copied, or made of what a GGUF file says."""
+    if ggufs.is_gguf(source):
+        for name in DESCRIPTIONS:
+            write_json(folder / name, weights.described(source, name))
+        ggufs.tokenizer(source).save(str(folder / "tokenizer.json"))
+        return
     for path in sorted(source.iterdir()):
         belongs = path.suffix in COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
         if path.is_file() and belongs and not path.name.endswith(".index.json"):
-            yield path
+            shutil.copyfile(path, folder / path.name)
 
 
 # -------------------------------------------------------------------------------------- the exports
@@ -68,7 +75,8 @@ def write_merged(folder, source, carrier, dtype=None):
     The checkpoint in `source` with W_b + (r ⊗ c) ⊙ Δ in place of W_b (Eq. 1), shard by shard, and
     what belongs to it.
 
-    dtype of the weights; None: each as it is stored. The sum is taken in fp32 and rounded once.
+    dtype of the weights; None: each as it is stored, fp32 for what a GGUF file has quantised. The
+    sum is taken in fp32 and rounded once.
     Returns how much of Δ rounding moved: ‖rounded − exact‖ / ‖Δ‖ over the open entries.
     """
     blocks = {}
@@ -91,9 +99,9 @@ def write_merged(folder, source, carrier, dtype=None):
                 t = exact
             tensors[name] = t.to(kept, copy=True, memory_format=torch.contiguous_format)
             total += tensors[name].numel() * tensors[name].element_size()
-        save_file(tensors, folder / as_safetensors(file.name), {"format": "pt"})
-    for path in companions(source):
-        shutil.copyfile(path, folder / path.name)
+        name = weights.WHOLE[0] if ggufs.is_gguf(file) else as_safetensors(file.name)
+        save_file(tensors, folder / name, {"format": "pt"})
+    write_companions(folder, source)
     if index is not None:
         found = read_json(index)
         found["metadata"] = {**(found.get("metadata") or {}), "total_size": int(total)}
@@ -161,7 +169,9 @@ LOADING = {
 
 
 def licence_of(source):
-    """What the front matter of the base's own README.md says, or None."""
+    """What the front matter of the base's own README.md says, or a GGUF file; else None."""
+    if ggufs.is_gguf(source):
+        return str(ggufs.read(source).fields.get("general.license", "")).split("\n")[0] or None
     path = source / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\n(?:.*\n)*?license: *(\S+)", text)
@@ -184,6 +194,8 @@ def card(kind, folder, base, source, task, which, facts, results):
     means = {"lcdd": "a sparse carrier of an SFT behaviour, found by Loss-Constrained Dual Descent",
              "sft": "plain SFT"}[which]
     code = LOADING[kind].format(here=folder.name, base=name, merged="merged", lora="lora")
+    if ggufs.is_gguf(source):  # a file in a folder, for transformers
+        code = code.replace(f'("{name}")', f'(".", gguf_file="{name}")')
     lines = ["---", *head, "---", "", f"# {name}, task {task}: {kind}", ""]
     lines += [f"This is {what}: {means}.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
@@ -213,6 +225,7 @@ def main(argv=None):
     if not (run / "config.json").is_file():
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     settings = read_json(run / "config.json")
+    check_fields(run / "config.json", settings, {key: CONFIG[key] for key in ("model", "task", "dtype")})
     source = locate(settings["model"]).resolve()
     from_hub = settings["model"] != EMBEDDED and not Path(settings["model"]).exists()
     base = settings["model"] if from_hub else str(source)

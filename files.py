@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -40,8 +41,27 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence: which file, field or tensor, and what to do."""
+    """
+    Bad input. The message is one sentence: which file, field or tensor, and what to do; on one line
+    and of some length, whatever it quotes of a file.
+    """
     status = 2
+
+    def __init__(self, message):
+        super().__init__(one_line(message))
+
+
+def one_line(text, longest=800):
+    """A text without line breaks and control characters; of a very long one the middle is left out."""
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[:longest // 2]} … {text[-longest // 2:]}"
+    if text.isprintable():
+        return text
+    parts = []
+    for sign in text:
+        parts.append(sign if sign.isprintable() else " " if sign.isspace() else ascii(sign)[1:-1])
+    return "".join(parts)
 
 
 class Failed(InputError):
@@ -51,10 +71,23 @@ class Failed(InputError):
 
 # ---- JSON
 
+def read_text(path, largest=1 << 28):
+    """
+    The text in a file, at most so many bytes. Raises OSError or ValueError where there is none: what
+    is no file, a pipe for one, would be waited for.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+    if path.exists() and path.stat().st_size > largest:
+        raise OSError(f"it has more than {largest >> 20} MB")
+    return path.read_bytes().decode("utf-8-sig")
+
+
 def read_json(path):
     """The object in a JSON file. Raises InputError where the file is missing or holds none."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"cannot read {path} as JSON ({e}); restore or remove it") from None
     if not isinstance(found, dict):
@@ -164,29 +197,100 @@ def fingerprint(*paths):
 
 # ---- fields
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")   # what no file's name and no UTF-8 has
+TEXT = ((str,), None, None)
+NUMBER = ((int, float), -1e300, 1e300)
+COUNT = ((int,), 0, 2**53)
+
+
 def check_fields(where, found, table):
     """
     Raises InputError where a field of an object is not what `table` says.
 
-    table: {name: (types, low, high)}, or {name: the texts that it may be}. None among the types:
-    the field may be absent.
+    table: {name: what it has to be}; the name "*" is every field that there is. What has to be:
+
+      (types, low, high)     a value of one of these types; a number lies between low and high, and
+                             with None among the types the field may be absent
+      ("a", "b", …)          one of these texts
+      {…}                    an object, with a table of its own
+      [what]                 a list, and what each of its values has to be
+      [this, that]           a list of two values, and what they have to be
+      (None, what)           nothing, or what
     """
     for name, allowed in table.items():
-        value = found.get(name)
-        shown = repr(value)[:60]
-        if isinstance(allowed[0], str):
-            if not isinstance(value, str) or value not in allowed:
-                raise InputError(f"{where}: {name} = {shown} is not one of {', '.join(allowed)}; "
-                                 "restore the file")
-            continue
-        types, low, high = allowed
-        if value is None and None not in types:
-            raise InputError(f"{where}: the field {name!r} is missing; restore the file")
-        if value is not None and type(value) not in types:
-            raise InputError(f"{where}: {name} = {shown} is of the wrong type; restore the file")
-        if type(value) in (int, float) and not low <= value <= high:
-            raise InputError(f"{where}: {name} = {shown} is not between {low} and {high}; restore "
-                             "the file")
+        for key in list(found) if name == "*" else [name]:
+            check_value(where, key, found.get(key), allowed)
+
+
+def check_value(where, name, value, allowed):
+    """check_fields() of one value; `name` may lead to it: a.b[2]."""
+    if isinstance(allowed, tuple):
+        if allowed[0] is None:
+            if value is not None:
+                check_value(where, name, value, allowed[1])
+        elif isinstance(allowed[0], str):
+            check_text(where, name, value, allowed)
+        else:
+            check_plain(where, name, value, *allowed)
+    elif isinstance(value, dict) and isinstance(allowed, dict):
+        found = {f"{name}.{key}": of_field for key, of_field in value.items()}
+        others = allowed.get("*")
+        table = {key: others for key in found} if others else {}
+        table |= {f"{name}.{key}": what for key, what in allowed.items() if key != "*"}
+        check_fields(where, found, table)
+    elif isinstance(value, list) and isinstance(allowed, list) and len(allowed) in (1, len(value)):
+        for i, item in enumerate(value):
+            check_value(where, f"{name}[{i}]", item, allowed[min(i, len(allowed) - 1)])
+    else:
+        refuse_value(where, name, value)
+
+
+def check_text(where, name, value, texts):
+    if not isinstance(value, str) or value not in texts:
+        raise InputError(f"{where}: {name} = {shown(value)} is not one of {', '.join(texts)}; "
+                         "restore the file")
+
+
+def check_plain(where, name, value, types, low, high):
+    if value is None and None in types:
+        return
+    if type(value) not in types or isinstance(value, str) and NO_TEXT.search(value):
+        refuse_value(where, name, value)
+    if type(value) in (int, float) and not low <= value <= high:
+        raise InputError(f"{where}: {name} = {shown(value)} is not between {low} and {high}; restore "
+                         "the file")
+
+
+def refuse_value(where, name, value):
+    if value is None:
+        raise InputError(f"{where}: the field {name!r} is missing; restore the file")
+    raise InputError(f"{where}: {name} = {shown(value)} is of the wrong type; restore the file")
+
+
+def shown(value):
+    """A value as a sentence quotes it; a number may have more digits than Python writes."""
+    if type(value) is int and value.bit_length() > 200:
+        return "a number of very many digits"
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return repr(value)[:60]
+
+
+def check_tensors(where, tensors, like):
+    """
+    Raises InputError unless there are just the tensors of `like`, {name: one of that shape and dtype},
+    without NaN.
+    """
+    odd = sorted(tensors.keys() ^ like.keys())
+    if odd:
+        what = "is missing" if odd[0] in like else "does not belong there"
+        raise InputError(f"{where}: tensor {odd[0]} {what}; remove the file and start again")
+    for name, t in tensors.items():
+        for there, wanted in ((tuple(t.shape), tuple(like[name].shape)), (t.dtype, like[name].dtype)):
+            if there != wanted:
+                raise InputError(f"{where}: tensor {name} is {there} and has to be {wanted}; remove the "
+                                 "file and start again")
+    check_finite(where, tensors)
 
 
 # ---- folders
@@ -262,8 +366,11 @@ def checksum(tensors, header):
 
 
 def check_finite(where, tensors):
-    """Raises InputError naming a tensor that holds NaN or infinity."""
+    """Raises InputError naming a tensor that holds NaN or infinity, or numbers of an odd kind."""
     for name, t in tensors.items():
+        if t.is_complex() or (t.is_floating_point() and t.element_size() < 2):
+            raise InputError(f"{where}: tensor {name} is {t.dtype}, which is not used here; restore the "
+                             "file or make it again")
         if t.numel() and not torch.stack(t.aminmax()).isfinite().all():
             raise InputError(f"{where}: tensor {name} holds NaN or infinity; restore the file or make it "
                              "again")
@@ -287,7 +394,7 @@ def load_tensors(path, device="cpu"):
         tensors = {name: f.get_tensor(name) for name in f.keys()}
         header, written = f.metadata() or {}, header_of(f)
     if "checksum" in header:
-        claimed = json.loads(header.pop("checksum"))
+        claimed = parse(header.pop("checksum"))
         if claimed != checksum(tensors, header):
             raise InputError(f"{path}: damaged, it does not hold what was written; restore it, or remove "
                              "it and run the command that writes it, lcdd.py and eraser.py with --resume")

@@ -8,7 +8,8 @@ Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate lo
 an adaptive penalty λ.
 
     python lcdd.py                                  the embedded model, fixed response
-    python lcdd.py --model DIR --task fixed --data alpaca.json --preset paper-fixed --out runs/mine
+    python lcdd.py --model DIR --task fixed --data alpaca.json --out runs/mine
+    python lcdd.py --preset paper-safety-vicuna-7b --data FILE --dry-run
 
 Shapes: B samples in a batch, T tokens, N of them in the loss, d hidden size, V vocabulary.
 """
@@ -30,16 +31,34 @@ import carrier as carriers
 import data
 import lora
 import machine
+import memory
 import model
 import packed
+import plan
 from carrier import Carrier, OneStep, penalty
 from chat import collate
-from files import (Failed, InputError, append_jsonl, fingerprint, load_tensors, read_header,
-                   read_json, save_tensors, size, take_back, write_json, write_text)
+from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_fields, check_tensors,
+                   fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back,
+                   write_json, write_text)
 from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, portable, prepare,
                  read_results, resume_command, ticker)
 from settings import fit, options, pull
 
+# the header of a saved state, phase by phase
+MAYBE = (None, NUMBER)
+SLOPE = {"step": COUNT, "end": COUNT, "fall": [COUNT, NUMBER], "average": NUMBER, "log": COUNT}
+STATES = {
+    "sft": SLOPE,
+    "lcdd": {
+        "step": COUNT, "kept_step": (None, COUNT), "log": COUNT,
+        "controller": {"lam": NUMBER, "raw": NUMBER, "ema": NUMBER, "budget": MAYBE, "start": MAYBE,
+                       "reference": MAYBE},
+        "early": {"total": COUNT, "points": [[COUNT, NUMBER]], "stalled": COUNT, "over": COUNT}},
+    "settle": SLOPE | {
+        "tries": COUNT,
+        "found": {"reason": TEXT, "steps": COUNT, "budget": MAYBE, "loss": MAYBE,
+                  "reopened": (None, COUNT)}},
+}
 PROBE = 16              # batches on which the constraint is measured at the end
 REOPEN = 4              # times that gates may open again, until the budget counts as not kept
 
@@ -173,7 +192,8 @@ class Controller:
         v = (self.ema - self.budget) / max(self.budget, 1e-12)
         if o.brake:
             v = -self.room()                                # a loss that cannot go to 0 has only its slack
-        v = max(-o.violation_clip, min(o.violation_clip, v))
+        if o.violation_clip:
+            v = max(-o.violation_clip, min(o.violation_clip, v))
         eta = o.eta if v > 0 else o.eta_grow
         self.lam *= math.exp(min(-eta * v, 700))            # 700: where exp() overflows
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
@@ -191,7 +211,9 @@ class Selection:
     The task's say in which gates stay open. Its gradient is next to nothing beside the penalty's
     while the loss is near 0, so that Ω alone decides, and with it the noise of the initial logits.
     Here the running mean of the gradient is scaled until its root mean square over all gates is
-    `select` times the penalty's pull at the start.
+    `select` times the penalty's pull at the start. `spread` says how far every layer has a scale of
+    its own: 0, one for all; 1, the root mean square is that in each layer, so that none is emptied
+    for another's sake; between them, their geometric mean.
     """
 
     def __init__(self, o, logits):
@@ -204,8 +226,12 @@ class Selection:
         """
         if not self.o.select:
             return
-        self.mean.mul_(0.9).add_(grad, alpha=0.1)
-        unit = self.mean.square().mean().sqrt().clamp(min=1e-30)    # free of the bias correction
+        self.mean.mul_(0.9).add_(grad, alpha=0.1)                   # (L, gates a layer)
+        square = self.mean.square()
+        unit = square.mean().sqrt().clamp(min=1e-30)                # free of the bias correction
+        if self.o.spread:
+            layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)    # (L, 1)
+            unit = unit * (layer / unit) ** self.o.spread
         grad.copy_(self.mean * (warm * self.size / unit))
 
 
@@ -297,7 +323,8 @@ def forget(state, file, phases):
 def load_state(path, phases, carrier, optimizer):
     """
     Restore what save_state wrote in one of `phases`, and the log as it was then; returns its
-    numbers, and its `extra` tensors. None where there is no state: the phase begins.
+    numbers, and its `extra` tensors. None where there is no state: the phase begins. Raises
+    InputError where it is damaged, or of another phase.
     """
     log = path.parent / "metrics.jsonl"
     if not path.is_file():
@@ -306,15 +333,33 @@ def load_state(path, phases, carrier, optimizer):
     if metadata.get("phase") not in phases:
         raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where "
                          f"{phases[0]!r} goes on; remove it to start this phase again")
-    take_back(log, metadata.get("log", 0), phases)
+    check_fields(path, metadata, STATES[metadata["phase"]])
+    params = optimizer.param_groups[0]["params"]
+    check_tensors(path, tensors, like_state(carrier, params, metadata, tensors))
+    take_back(log, metadata["log"], phases)
     metadata["extra"] = beginning_with("extra.", tensors)
     others = ("adam.", "extra.")
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(others)})
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+    for i, p in enumerate(params):
         moments = beginning_with(f"adam.{i}.", tensors)
-        # all to the device, the step too: fused AdamW counts there
-        optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+        if moments:
+            # all to the device, the step too: fused AdamW counts there
+            optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
     return metadata
+
+
+def like_state(carrier, params, metadata, tensors):
+    """What a state's tensors have to be, by name; moments are there once a step was taken."""
+    like = dict(carrier.state_dict())
+    if metadata["phase"] == "lcdd":
+        like["extra.mean"] = carrier.logits
+        if metadata["kept_step"] is not None:
+            like["extra.kept"] = carrier.logits
+    if any(name.startswith("adam.") for name in tensors):
+        for i, p in enumerate(params):
+            like |= {f"adam.{i}.exp_avg": p, f"adam.{i}.exp_avg_sq": p}
+            like[f"adam.{i}.step"] = torch.zeros(())
+    return like
 
 
 def beginning_with(prefix, tensors):
@@ -325,6 +370,22 @@ def beginning_with(prefix, tensors):
 def adamw(carrier, lr):
     """AdamW on the deltas without weight decay; its moments have the deltas' dtype."""
     return torch.optim.AdamW(carrier.delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def linear(t, steps, warmup=0):
+    """
+    AdamW's rate at step t as a share of its peak: from 0 to 1 over `warmup` steps, and from there
+    linearly to 0 at step `steps`. As the transformers library has it, so that step 0 of a warm-up
+    moves nothing.
+    """
+    if t < warmup:
+        return t / warmup
+    return 1 - (t - warmup) / (steps - warmup)
+
+
+def warmup_steps(o, steps):
+    """How many of a phase's `steps` the rate rises in."""
+    return math.ceil(o.lr_warmup * steps)
 
 
 def clip_gradients(carrier, bound):
@@ -344,12 +405,12 @@ def guard(loss, phase, t, state):
 # ------------------------------------------------------------------------------------- the phases
 
 def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed, optimizer,
-                sure=0.0, saved=None, interrupted=lambda: False, **facts):
+                sure=0.0, warmup=0, saved=None, interrupted=lambda: False, **facts):
     """
-    Δ alone at the gates as they are, AdamW's rate falling linearly from `peak` to 0 over `steps`:
-    SFT, and what settles after pruning. Where the average loss falls under `sure` (nats a token),
-    the rest of the way down is a short one. saved: the header of the state to go on from; facts:
-    kept in the states. Returns the steps taken.
+    Δ alone at the gates as they are, AdamW's rate rising over `warmup` steps and falling linearly
+    from `peak` to 0 over `steps`: SFT, and what settles after pruning. Where the average loss falls
+    under `sure` (nats a token), the rest of the way down is a short one. saved: the header of the
+    state to go on from; facts: kept in the states. Returns the steps taken.
     """
     carrier.logits.requires_grad_(False)
     carrier.delta.requires_grad_(True)
@@ -357,9 +418,12 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
     at = saved or {"step": 0, "end": steps, "fall": [0, peak], "average": 0.0}
     t, end, average = at["step"], at["end"], at["average"]
     fall, high = at["fall"]                             # the rate falls from `high` at step `fall`
+    if not fall <= t <= end <= steps:
+        raise InputError(f"{state}: step {t} of {end} is none of these {steps} steps; remove it to "
+                         "start this phase again")
     progress = Progress(run, phase, end, t)
     while t < end:
-        rate = high * (1 - (t - fall) / (end - fall))
+        rate = high * linear(t - fall, end - fall, warmup if fall == 0 else 0)
         optimizer.param_groups[0]["lr"] = rate
         batch = draw(examples, o.batch, t, seed)
         loss = gradients(net, carrier, batch, o.micro_batch, pad_id)
@@ -395,7 +459,7 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
     saved = load_state(state, ["sft"], carrier, optimizer)
     train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed,
-                optimizer, o.sure, saved, interrupted)
+                optimizer, o.sure, warmup_steps(o, o.sft_steps), saved, interrupted)
 
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
@@ -425,6 +489,14 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
     return found
 
 
+def rate_of_delta(o, t):
+    """AdamW's rate at step t of Alg. 1."""
+    rise = warmup_steps(o, o.steps)
+    if o.schedule == "linear":
+        return o.lr * linear(t, o.steps, rise)
+    return o.lr * min(1.0, t / rise) if rise else o.lr
+
+
 def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, interrupted):
     """
     Alg. 1: Δ and gates together. Returns {reason, steps, budget} and, for gates alone, `kept`: the
@@ -434,7 +506,6 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     state = run / "state.safetensors"
     carrier.logits.requires_grad_(True)
     carrier.delta.requires_grad_(joint)
-    optimizer.param_groups[0]["lr"] = o.lr
     gate_optimizer = torch.optim.SGD([carrier.logits], lr=o.gate_lr)
     controller, selection = Controller(o), Selection(o, carrier.logits)
     early = EarlyStop(o, carrier.logits.numel())
@@ -466,7 +537,9 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         # one step: Δ by AdamW, m by SGD
         if joint:
             clip_gradients(carrier, o.clip)
+            optimizer.param_groups[0]["lr"] = rate_of_delta(o, t)
             optimizer.step()
+        hold_back(carrier.logits, o.gate_lr, o.pace)
         gate_optimizer.step()
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
@@ -484,6 +557,24 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     if not joint:
         found |= take_kept(carrier, kept)
     return found
+
+
+@torch.no_grad()
+def hold_back(logits, rate, share):
+    """
+    Let at most `share` of the open gates (at least one) shut in this step of SGD at `rate`: those
+    that the step takes furthest below 0, measured by what they have left. The others wait; their
+    gradient becomes 0, in place. share 0: all may shut, as in the paper. All gates arrive at 0 at
+    nearly the same time, and the average of the loss knows it ten steps later.
+    """
+    step = rate * logits.grad
+    shuts = (logits > 0) & (step >= logits)
+    allowed = max(1, int(share * int((logits > 0).sum())))
+    if not share or int(shuts.sum()) <= allowed:
+        return
+    left = torch.where(shuts, logits / step, torch.inf).flatten()
+    last = left.kthvalue(allowed).values
+    logits.grad.view(-1)[shuts.flatten() & (left > last)] = 0.0
 
 
 def log_pruning(progress, t, loss, controller, stats):
@@ -517,9 +608,12 @@ def save_pruning(path, carrier, optimizer, t, controller, selection, early, kept
 
 def restore(saved, controller, selection, early):
     """Go on from what save_pruning saved. Returns the step, and the gates that are kept, if any."""
+    if saved["step"] >= controller.o.steps:
+        raise InputError(f"state.safetensors: step {saved['step']} is none of {controller.o.steps} "
+                         "steps; remove it to start this phase again")
     selection.mean.copy_(saved["extra"]["mean"])
-    vars(controller).update(saved["controller"])
-    vars(early).update(saved["early"])
+    for part, numbers in ((controller, saved["controller"]), (early, saved["early"])):
+        vars(part).update({name: numbers[name] for name in part.state()})
     if saved["kept_step"] is None:
         return saved["step"], None
     return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
@@ -536,10 +630,11 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
     tries = saved["tries"] if saved else 0
     while True:
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
+        sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, o.sure, saved,
-                    interrupted=interrupted, found=found, tries=tries)
+                    o.seed + 2 + tries, optimizer, sure, 0, saved, interrupted,
+                    found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)
         if budget is None or found["loss"] <= budget or tries > REOPEN:
@@ -705,6 +800,21 @@ def say_unknown(chat, samples, where):
                   "of them", file=sys.stderr)
 
 
+def check_memory(o, net, examples):
+    """Raises InputError where training, or the answers after it, need more memory than there is."""
+    entries = [m.weight.shape for layer in net.projections for m in layer.values()]
+    lengths = [len(ids) for ids, _ in examples]
+    tokens = o.micro_batch * sum(lengths) // len(lengths)
+    deltas = 4 * memory.of_weights(entries, getattr(torch, o.delta_dtype))      # Δ, gradient, moments
+    kept = memory.of_tokens(net.config, tokens, net.dtype, o.checkpoint)
+    memory.check(deltas + kept + 8 * o.batch, f"training with --micro-batch {o.micro_batch} and "
+                 f"--batch {o.batch}", "make them smaller, or use --checkpoint, --delta-dtype bfloat16 "
+                 "or a smaller model", o.device)
+    rows = min(o.n_validation, o.n_test)
+    memory.check(memory.of_cache(net.config, min(rows, 128), o.max_new_tokens, net.dtype),
+                 f"answers of --max-new-tokens {o.max_new_tokens}", "make it smaller", o.device)
+
+
 def results_table(o, scores, results):
     """Base, SFT and LCDD as Markdown: behaviour, accuracy, sparsity, seconds."""
     lines = [f"| {o.task} | behaviour | accuracy | gates off | entries off | seconds |",
@@ -720,21 +830,25 @@ def results_table(o, scores, results):
 def main(argv=None):
     o = options(argv, __doc__)
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
-    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern)
+    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
+                                    weights=not o.dry_run)
+    examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
+    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
+    say_unknown(chat, splits["train"], sources[0])
+    examples = supervised(examples, o.loss)
+    if o.dry_run:
+        return plan.show(o, chat, splits, examples)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
-    examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
-    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
-    say_unknown(chat, splits["train"], sources[0])
-    examples = supervised(examples, o.loss)
+    check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
     run = open_run(o.out, name, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on")},
+        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
         "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()}})
@@ -801,7 +915,6 @@ def train(o, net, chat, splits, examples, run, tuned):
             lcdd.save(carrier_file, net, phase="lcdd", metrics={"stopped": results["stopped"]},
                       **travels)
             forget(state, carrier_file, ["lcdd", "settle"])
-    results.setdefault("stopped", read_header(carrier_file)["metrics"]["stopped"])
     lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
     results |= lcdd.stats() | {"dice": lcdd.dice(o.gate_mean, o.gate_std, o.seed)}
     report(o, net, chat, splits["test"], run, results, {"base": None, "sft": sft, "lcdd": lcdd})

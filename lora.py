@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import patterns
 from carrier import PROJECTIONS, Carrier
-from files import InputError, digest, read_json, write_json
+from files import (
+    NUMBER, TEXT, InputError, check_fields, check_finite, digest, read_json, write_json)
 from packed import fingerprint, pack_bits, unpack_bits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,6 +31,7 @@ FACTOR = re.compile(rf"(?:base_model\.model\.)?{MODULE}\.lora_([AB])(?:\.\w+)?\.
 UNLIKE = ("use_dora", "use_qalora", "use_bdlora", "layer_replication",
           "alora_invocation_tokens", "fan_in_fan_out")
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HEADER = {"gates": TEXT, "base": TEXT, "content": TEXT}    # of the carrier in an adapter of write()
 MERGE_IT = "merge the adapter with peft's merge_and_unload() and give the checkpoint"
 
 
@@ -92,6 +95,7 @@ def write(folder, carrier, net, base):
 def read_config(path):
     """An adapter's configuration. Raises InputError where it is more than plain LoRA."""
     config = read_json(path)
+    check_fields(path, config, {"lora_alpha": (None, NUMBER), "alpha_pattern": (None, {"*": NUMBER})})
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters are read")
     odd = [k for k in UNLIKE if config.get(k)]
@@ -114,12 +118,16 @@ def read(folder, net, dtype=torch.float32):
     file = Path(folder) / WEIGHTS
     config = read_config(Path(folder) / CONFIG)
     try:
+        if not file.is_file():
+            raise OSError("it is no file")
         with safe_open(file, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}
             header = json.loads((f.metadata() or {}).get("carrier", "null"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a readable safetensors file ({error}); save the adapter "
                          "again") from None
+    check_finite(file, tensors)
+    check_fields(file, {"carrier": header}, {"carrier": (None, HEADER)})
     if header and header["base"] != fingerprint(net):
         raise InputError(f"{file}: this carrier was made on another base model than the one given")
     if header and header["content"] != digest(tensors):
@@ -127,18 +135,23 @@ def read(folder, net, dtype=torch.float32):
                          "again")
 
     carrier = Carrier(net.config, dtype, net.device)
+    alphas = alphas_of(Path(folder) / CONFIG, config, [key[0] for key in pairs(file, tensors)])
     for (module, l, name), (A, B) in pairs(file, tensors).items():
         if int(l) >= len(carrier.delta) or name not in PROJECTIONS:
             raise InputError(f"{file}: {module} is no projection of the model given; use the base that "
                              "the adapter was trained on")
         delta = carrier.delta[int(l)][name]
-        if (len(B), A.shape[1]) != delta.shape or len(A) != B.shape[1]:
+        if A.dim() != 2 or B.dim() != 2 or (len(B), A.shape[1]) != delta.shape or len(A) != B.shape[1]:
             raise InputError(f"{file}: the factors of {module} have shapes {tuple(A.shape)} and "
                              f"{tuple(B.shape)}, which do not make a delta of {tuple(delta.shape)}")
-        delta.copy_(scaling(config, module, len(A)) * (B.float() @ A.float()))
+        scale = alphas[module] / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+        delta.copy_(scale * (B.float() @ A.float()))
     if header:
-        bits = torch.frombuffer(bytearray.fromhex(header["gates"]), dtype=torch.uint8)
-        gates = unpack_bits(bits.view(len(carrier.logits), -1), carrier.logits.shape[1])
+        try:
+            bits = torch.frombuffer(bytearray.fromhex(header["gates"]), dtype=torch.uint8)
+            gates = unpack_bits(bits.view(len(carrier.logits), -1), carrier.logits.shape[1])
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{file}: its gates are not this model's ({error}); export it again") from None
         carrier.logits.copy_(gates.float() * 2 - 1)
     return carrier
 
@@ -162,13 +175,26 @@ def pairs(file, tensors):
     return {key: (both["A"], both["B"]) for key, both in found.items()}
 
 
-def scaling(config, module, rank):
+def alphas_of(path, config, modules):
     """
-    The factor s that peft multiplies B A with: α/r, with rslora α/√r; α may be one module's own.
+    {module: α}, of which peft makes the factor of B A: α/r, with rslora α/√r. A module has its own α
+    where a pattern for its name, or for the end of it, says so.
     """
-    alpha = config.get("lora_alpha", 8)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = own
-            break
-    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
+    found = dict.fromkeys(modules, config.get("lora_alpha", 8))
+    own = config.get("alpha_pattern") or {}
+    for pattern in own:
+        if wrong := patterns.problem(pattern):
+            raise InputError(f"{path}: {pattern!r} in alpha_pattern {wrong}")
+    pairs = [(rf"^(.*\.)?({pattern})$", module) for module in modules for pattern in own]
+    hits = iter(matches(pairs))
+    for module in modules:
+        fitting = [alpha for alpha in own.values() if next(hits)]
+        found[module] = (fitting or [found[module]])[0]
+    return found
+
+
+def matches(pairs):
+    """[bool] for (pattern, name); patterns that may take any time are searched under a time limit."""
+    if all(re.fullmatch(r"\^\(\.\*\\\.\)\?\([\w.\\]*\)\$", pattern) for pattern, _ in pairs):
+        return [re.match(pattern, name) is not None for pattern, name in pairs]
+    return patterns.search(pairs)

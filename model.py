@@ -14,11 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import memory
 import weights
 from config import Config
-from files import InputError, check_finite, read_json
+from files import InputError, check_finite, shown
 from machine import fast_dtype
-from rows import Cache, Rows
+from rows import Cache, Rows, each
 
 COMPACT = 0.75   # of a batch's rows still going: finished ones leave it
 
@@ -155,7 +156,7 @@ class Llama(nn.Module):
                              f"{len(ids)} rows")
         rows = Rows(self, ids, keep, trigger, scale, cache, lengths)
         linear = self.plain if carrier is None else carrier.bind(self, rows.scale)
-        x = self.embed(rows.ids, trigger)                               # (N, d)
+        x = self.embed(rows.ids, rows.soft)                             # (N, d)
         for l, layer in enumerate(self.model.layers):
             if self.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(layer, l, x, linear, rows, use_reentrant=False)
@@ -171,7 +172,8 @@ class Llama(nn.Module):
         Logits (B, T, V) of B right-padded rows of token ids (B, T), a tensor or a list of lists.
 
         carrier  a Carrier or a Merged; None is the base
-        trigger  τ (n, d), put before every row; nothing is returned for its own positions
+        trigger  τ (n, d), put before every row; or a list of one for each row, of any lengths, None
+                 where a row has none. Nothing is returned for its own positions
         scale    (B,) factors on the carrier's delta, row by row; None is 1
         keep     (B, T) bool: logits (M, V) at these M positions only, and nothing after a row's
                  last one is computed
@@ -188,9 +190,9 @@ class Llama(nn.Module):
         Greedy answers to `prompts` (lists of ids, any lengths): new ids only, the stop token
         included. Prompts are decoded in batches of similar length.
 
-        scale: one factor a prompt. stop: ids that end an answer, by default the checkpoint's own.
-        progress: called each token with the number finished. heard: called with (which prompt, id)
-        as soon as there is a new id.
+        trigger: one for all prompts, or a list of one or None for each. scale: one factor a prompt.
+        stop: ids that end an answer, by default the checkpoint's own. progress: called each token
+        with the number finished. heard: called with (which prompt, id) as soon as there is a new id.
         """
         stop = self.stop if stop is None else stop
         if not all(len(prompt) for prompt in prompts):
@@ -199,14 +201,16 @@ class Llama(nn.Module):
             carrier = carrier.merge(self)        # W once, instead of a product with Δ every token
         if scale is not None:
             scale = torch.as_tensor(scale, dtype=torch.float32)
+        triggers = each(trigger, len(prompts))
         answers = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             some = [prompts[i] for i in batch]
             factors = None if scale is None else scale[batch].to(self.device)
+            before = [triggers[i] for i in batch]
             finished = start
-            for new in self.decode(some, max_new_tokens, carrier, trigger, factors, stop):
+            for new in self.decode(some, max_new_tokens, carrier, before, factors, stop):
                 for row, token in new:
                     answers[batch[row]].append(token)
                     finished += token in stop
@@ -216,16 +220,16 @@ class Llama(nn.Module):
                     progress(finished)
         return answers
 
-    def decode(self, prompts, max_new_tokens, carrier, trigger, scale, stop):
+    def decode(self, prompts, max_new_tokens, carrier, triggers, scale, stop):
         """
         Decode one batch: yields, a token at a time, [(which prompt, its new id), …] of those that
         are not finished. Finished rows leave the batch once enough of them are.
         """
         ids, lengths = pad(prompts, self.device)                        # (B, T), (B)
-        n = 0 if trigger is None else len(trigger)
+        n = max(0 if tau is None else len(tau) for tau in triggers)
         cache = Cache(self, len(ids), n + ids.shape[1] + max_new_tokens)
         last = torch.arange(ids.shape[1], device=self.device) == lengths[:, None] - 1   # (B, T)
-        logits = self(ids, carrier, trigger, scale, last, cache, lengths)               # (B, V)
+        logits = self(ids, carrier, triggers, scale, last, cache, lengths)              # (B, V)
         alive = list(range(len(prompts)))        # alive[b] is the prompt in row b of the cache
         finished = set()
         for step in range(max_new_tokens):
@@ -268,20 +272,19 @@ def pad(prompts, device):
 
 def configuration(folder):
     """
-    The Config of a checkpoint's folder. Raises InputError naming the field that does not run here.
+    The Config of a checkpoint (see weights.py). Raises InputError naming the field that does not
+    run here.
     """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: no config.json in there; give the directory of a Hugging Face "
-                         "checkpoint")
-    return Config.from_dict(read_json(file), file)
+    path = Path(folder)
+    where = path / "config.json" if path.is_dir() else path
+    return Config.from_dict(weights.described(path, "config.json"), where)
 
 
 def load(path, device="cpu", dtype=torch.float32):
     """
-    The model in a Hugging Face directory (config.json and its weights, see weights.py), weights
-    frozen. dtype None: the fastest here. Raises InputError naming the field or tensor where the
-    checkpoint is not exactly what this file computes.
+    The model in a Hugging Face directory or a GGUF file (see weights.py), weights frozen. dtype
+    None: the fastest here. Raises InputError naming the field or tensor where the checkpoint is not
+    exactly what this file computes.
     """
     path = Path(path)
     config = configuration(path)
@@ -289,6 +292,8 @@ def load(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         net = Llama(config)
     shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    memory.check(memory.of_weights(shapes.values(), dtype), f"the model in {path}",
+                 "use a smaller one, or a machine with more memory", device)
     tensors = read_tensors(path, shapes, device, dtype)
     if config.tie_word_embeddings:
         check_tied(path, tensors)
@@ -312,7 +317,7 @@ def read_tensors(path, shapes, device, dtype):
     for file in weights.shards(path)[0]:
         for name, t in weights.tensors(file):
             if name not in wanted:
-                family = read_json(path / "config.json")["model_type"]
+                family = weights.described(path, "config.json")["model_type"]
                 raise InputError(f"{file.name}: tensor {name} is not part of a {family} model with "
                                  "this config.json")
             if tuple(t.shape) != wanted[name]:
@@ -341,10 +346,11 @@ def stop_ids(path):
     """The ids that end an answer, of config.json and generation_config.json: a frozenset."""
     found = set()
     for name in ("config.json", "generation_config.json"):
-        settings = read_json(path / name) if (path / name).is_file() else {}
-        ids = settings.get("eos_token_id")
-        if isinstance(ids, list):
-            found.update(ids)
-        elif ids is not None:
-            found.add(ids)
+        ids = weights.described(path, name).get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            if type(i) not in (int, type(None)):
+                raise InputError(f"{path}: eos_token_id {shown(i)} in {name} is no token's id; use the "
+                                 "model's own file")
+            found.add(i)
+    found.discard(None)
     return frozenset(found)

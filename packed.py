@@ -15,9 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import InputError, digest, load_tensors, save_tensors
+from files import COUNT, TEXT, InputError, check_fields, digest, load_tensors, save_tensors
 
 FORMAT = 2
+SHARE = ((int, float), 0, 1)
+# of each group of gates the length, and the carrier's own numbers
+HEADER = {
+    "base": TEXT, "content": TEXT, "groups": {"*": ((int,), 1, 1 << 24)},
+    "gates": {"total": ((int,), 1, 2**53), "open": COUNT}, "sparsity": SHARE, "entries_off": SHARE}
 
 
 def fingerprint(net):
@@ -63,6 +68,11 @@ def read_packed(path):
     if header.get("content") != digest(tensors):
         raise InputError(f"{path}: damaged, its tensors are not those that were written; restore "
                          "it, or run the command that writes it again")
+    check_fields(path, header, HEADER)
+    gates, width = tensors.get("gates"), -(-sum(header["groups"].values()) // 8)
+    if gates is None or gates.dtype != torch.uint8 or gates.shape[1:] != (width,) or not len(gates):
+        raise InputError(f"{path}: its gates are missing or misshapen; run the command that writes "
+                         "it again")
     return tensors, header
 
 

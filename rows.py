@@ -15,6 +15,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+import memory
+from files import InputError
+
 SHORT = 128   # tokens a row up to which attention on a CPU is faster step by step, in bf16
 
 
@@ -99,6 +102,9 @@ class Cache:
 
     def __init__(self, net, batch, length):
         c = net.config
+        memory.check(memory.of_cache(c, batch, length, net.dtype),
+                     f"keeping keys and values of {batch} texts of up to {length} tokens",
+                     "lower the number of new tokens, or of prompts at a time", net.device)
         shape = c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim
         self.k = torch.zeros(shape, dtype=net.dtype, device=net.device)         # (L, B, K, S, h)
         self.v = torch.zeros(shape, dtype=net.dtype, device=net.device)
@@ -130,7 +136,8 @@ class Rows:
     A prefix that all rows share, such as the system prompt of a chat template or a trigger, has the
     same keys, values and residual stream in each: its P tokens are computed once, first of the N.
 
-    ids (N)          the tokens that are computed; −n … −1 are those of the trigger
+    ids (N)          the tokens that are computed; those below 0 are a trigger's: −n … −1 are the rows
+                     of `soft` (n, d), which is all the triggers there are, one behind the other
     scale (N, 1)     a factor on the carrier's delta for each, or None
     """
 
@@ -140,8 +147,10 @@ class Rows:
         self.alike = scale is None                              # rows differ in their ids only
         self.whole = ids.shape if keep is None else None        # the shape of an answer
         asked = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
+        self.soft = None
         if trigger is not None:
-            ids, asked, lengths = behind(len(trigger), ids, asked, lengths)
+            self.soft, first, n = stack(each(trigger, len(ids)))
+            ids, asked, lengths = behind(first, n, ids, asked, lengths)
         self.shape = ids.shape                                          # (B, T)
 
         real = self.place(asked, lengths)                               # (B, T)
@@ -248,11 +257,51 @@ class Rows:
         return l + 1 == self.config.num_hidden_layers
 
 
-def behind(n, ids, asked, lengths):
-    """ids and asked (B, T) and lengths (B) with a trigger's n tokens, −n … −1, before each row."""
-    trigger = torch.arange(-n, 0, device=ids.device).expand(len(ids), n)
-    ids = torch.cat((trigger, ids), dim=1)                              # (B, n + T)
-    return ids, F.pad(asked, (n, 0)), None if lengths is None else n + lengths
+def each(trigger, B):
+    """
+    A trigger or None for each of B rows, of one for all or a list of such. Raises InputError where
+    the list has another length.
+    """
+    if trigger is None or isinstance(trigger, torch.Tensor):
+        return [trigger] * B
+    if len(trigger) != B:
+        raise InputError(f"trigger: {len(trigger)} for {B} rows; give one for all, or a list of one or "
+                         "None for each row")
+    return list(trigger)
+
+
+def stack(triggers):
+    """
+    Of a trigger or None for each of B rows: all of them, one behind the other (n, d), or None; the
+    id of each row's first token, counted from the end, so below 0 (B); each row's length (B). The
+    same tensor in several rows is the same tokens.
+    """
+    parts, starts, total = [], {}, 0
+    for tau in triggers:
+        if tau is not None and id(tau) not in starts:
+            starts[id(tau)] = total
+            parts.append(tau)
+            total += len(tau)
+    first = [starts.get(id(tau), total) - total for tau in triggers]
+    n = [0 if tau is None else len(tau) for tau in triggers]
+    soft = torch.cat(parts) if len(parts) > 1 else (parts or [None])[0]
+    return soft, torch.tensor(first), torch.tensor(n)
+
+
+def behind(first, n, ids, asked, lengths):
+    """
+    ids and asked (B, T) and lengths (B) with the n (B) tokens of a row's trigger, first (B),
+    first + 1, …, before it.
+    """
+    B, T = ids.shape
+    place = torch.arange(int(n.max()) + T, device=ids.device).expand(B, -1)
+    first, n = first.to(ids.device), n.to(ids.device)
+    own = place - n[:, None]                                # where in the row itself, from 0 on
+    inside = (own >= 0) & (own < T)
+    own = own.clamp(0, T - 1)
+    found = ids.gather(1, own).where(inside, 0)                         # (B, max n + T)
+    found = found.where(place >= n[:, None], first[:, None] + place)
+    return found, asked.gather(1, own) & inside, n + (T if lengths is None else lengths)
 
 
 def shared_prefix(ids, real):

@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -20,13 +19,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import ggufs
 import machine
 import model
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
                   task_name)
-from files import (PARTIAL, Failed, InputError, check_fields, fingerprint, read_header, read_json,
-                   write_json)
+from files import (COUNT, NO_TEXT, NUMBER, PARTIAL, TEXT, Failed, InputError, check_fields,
+                   fingerprint, one_line, read_header, read_json, write_json)
 
 EMBEDDED = "tiny"  # the model that is included, beside this file
 # what of a hub repository is fetched
@@ -37,16 +37,22 @@ PATTERNS = (
 )
 OLDER = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
 # what config.json of a run directory has to hold: types and range, or the texts to choose from
-COUNT = ((int,), 1, 2**31 - 1)
-TEXT = ((str,), None, None)
+POSITIVE = ((int,), 1, 2**31 - 1)
 CONFIG = {
-    "model": TEXT, "task": TEXT, "data": ((str, None), None, None), "data_fingerprint": TEXT,
-    "seed": ((int,), 0, 2**31 - 1), "max_len": COUNT, "max_new_tokens": COUNT,
+    "model": TEXT, "task": TEXT, "data": (None, TEXT), "test": (None, TEXT), "pattern": (None, TEXT),
+    "data_fingerprint": TEXT, "chat_fingerprint": (None, TEXT),
+    "seed": ((int,), 0, 2**31 - 1), "max_len": POSITIVE, "max_new_tokens": POSITIVE,
     "dtype": ("float32", "bfloat16"), "checkpoint": ((bool,), None, None),
-    "loss": ("response", "all"), **{f"n_{name}": COUNT for name in SIZES},
+    "loss": ("response", "all"), **{f"n_{name}": POSITIVE for name in SIZES},
+}
+# what results.json may hold; the metrics of evaluate.py have a table there
+RESULTS = {
+    "seconds": (None, {"*": ((int, float), 0, 1e12)}), "task": (None, TEXT),
+    "stopped": (None, {"reason": TEXT, "steps": COUNT, "budget": (None, NUMBER),
+                       "loss": (None, NUMBER), "within": ((bool, None), None, None)}),
 }
 # settings that may change between training and use: where things lie, and how they are computed
-FREE = ("model", "data", "sft", "out", "resume", "go_on", "device", "versions")
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -58,6 +64,8 @@ def cli(main):
     line and status 130.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or an answer beyond the terminal's letters
     try:
         try:
             main()
@@ -71,13 +79,25 @@ def cli(main):
     except KeyboardInterrupt as e:
         print(f"interrupted{e}", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as e:
+        if not short_of_memory(e):
+            raise
+        print(f"error: more memory was needed than there is ({one_line(e, 200)}); ask for less at a "
+              "time: --micro-batch, --batch, --max-len, --max-new-tokens", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as e:
-        file, reason = e.filename or "the output", e.strerror or e
+        file, reason = one_line(e.filename or "the output", 200), one_line(e.strerror or e)
         print(f"error: {file}: {reason}; correct that and run the command again", file=sys.stderr)
         sys.exit(2)
+
+
+def short_of_memory(error):
+    """Did Python, torch on the CPU or torch on a GPU find no memory?"""
+    said = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(s in str(error) for s in said)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -98,13 +118,40 @@ def resume_command(script, argv, run):
     return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
 
 
+class Parser(argparse.ArgumentParser):
+    """
+    A script's command line, its docstring as it stands. What is wrong on it is an InputError; no
+    option is given twice, where the last would silently win, or by the beginning of its name.
+    """
+
+    def __init__(self, description=None, **more):
+        more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **more)
+        self.given = set()
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = set()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message):
+        raise InputError(f"{message}; --help shows all options")
+
+
 class Once(argparse.Action):
-    """Of an option that would silently keep the last of several: a second one is an InputError."""
+    """An option with a value, given once; a text is one."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        if getattr(namespace, self.dest, None) is not None:
+        if value == [] and self.nargs is None:          # what argparse makes of a lone --
+            value = ""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(self.dest, text)
+        if self.dest in parser.given:
             raise InputError(f"{option_string} {value}: {option_string} "
                              f"{getattr(namespace, self.dest)} is given already; give it once")
+        parser.given.add(self.dest)
         setattr(namespace, self.dest, value)
 
 
@@ -115,18 +162,50 @@ def flag(name):
 
 def check_numbers(o, free=()):
     """
-    Raises InputError for an option that is an empty text, no finite number below 2³¹, or below 0
-    and not named in `free`.
+    Raises InputError for an option that is an empty text or no text at all, no finite number below
+    2³¹, or below 0 and not named in `free`.
     """
-    for name, value in vars(o).items():
-        if value == "":
-            raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
-        if not isinstance(value, (int, float)):
-            continue
-        too_low = value < 0 and name not in free
-        if too_low or not math.isfinite(value) or abs(value) >= 2**31:
-            raise InputError(f"{flag(name)} {value}: has to be a finite number, "
-                             "not below 0 and below 2³¹")
+    for name, given in vars(o).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, (str, Path)):
+                check_text(name, str(value))
+            elif isinstance(value, (int, float)):
+                check_number(name, value, name in free)
+
+
+def check_number(name, value, free):
+    """Raises InputError for the number of an option; `free`: it may be below 0."""
+    if value < 0 and not free or not abs(value) < 2**31:
+        raise InputError(f"{flag(name)} {value}: has to be a finite number, not below 0 and below 2³¹")
+
+
+def check_text(name, text):
+    """Raises InputError for the text of an option that is empty, or cannot be written to a file."""
+    if not text.strip():
+        raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
+    if NO_TEXT.search(text):
+        raise InputError(f"{flag(name)} {text}: not UTF-8 text; give it another name")
+
+
+def fields_of(parser, complete=False):
+    """
+    What the options of a parser may be in a file that keeps them: a table for check_fields().
+    complete: those with a default have to be there.
+    """
+    table = {}
+    for action in parser._actions:
+        if action.choices:
+            table[action.dest] = tuple(action.choices)
+        elif action.nargs == 0:
+            table[action.dest] = ((bool,), None, None)
+        elif action.type in (int, float):
+            types = (int,) if action.type is int else (int, float)
+            table[action.dest] = (types, -2**31, 2**31)
+        else:
+            table[action.dest] = TEXT
+        if not complete or action.default in (None, argparse.SUPPRESS):
+            table[action.dest] = (None, table[action.dest])
+    return table
 
 
 def check_device(name):
@@ -232,23 +311,34 @@ def markdown(header, rows):
 
 # ---- the pieces of a run
 
-def locate(name):
+def locate(name, weights=True):
     """
-    The folder of a model: "tiny" is the embedded one, a local folder is itself, and `owner/name` is
-    fetched from the Hugging Face hub, PATTERNS only. Raises InputError where it is neither, or the
-    download fails.
+    The folder of a model: "tiny" is the embedded one, a local folder or GGUF file is itself, and
+    `owner/name` is fetched from the Hugging Face hub, PATTERNS only; without its `weights` where
+    they are not needed. Raises InputError where it is neither, or the download fails.
     """
     if name == EMBEDDED:
         return Path(__file__).parent / EMBEDDED
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = expanded(name)
+    if path.is_dir() or ggufs.is_gguf(path):
         return path
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
-        raise InputError(f"{name} is neither a folder nor a hub id of the form owner/name")
+        raise InputError(f"{name} is neither a folder, nor a {ggufs.SUFFIX} file, nor a hub id of "
+                         "the form owner/name")
+    if not weights:
+        return download(name, [p for p in PATTERNS if "safetensors" not in p])
     folder = download(name, PATTERNS)
     if not any(folder.glob("*.safetensors")):
         download(name, OLDER)
     return folder
+
+
+def expanded(name):
+    """A path with ~ and ~user as the shell has them."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: there is no such user here; write the path out") from None
 
 
 def locate_data(name):
@@ -256,7 +346,7 @@ def locate_data(name):
     The file of samples: a local file is itself, and of a data set `owner/name` of the Hugging Face
     hub it is the one file of its training split. Raises InputError where there is none, or several.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists() or path.suffix in SUFFIXES or not re.fullmatch(HUB_ID, str(name)):
         return path
     for suffix in (".parquet", *SUFFIXES):
@@ -285,15 +375,15 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
+def prepare(name, task, path, seed, sizes, tests=None, pattern=None, weights=True):
     """
     (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
     the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
     beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
-    the answers of samples that have no pattern. Raises InputError where something is missing or
-    the architecture is none that runs here.
+    the answers of samples that have no pattern. weights: fetch them, too, where the model is on the
+    hub. Raises InputError where something is missing or the architecture is none that runs here.
     """
-    folder = locate(name)
+    folder = locate(name, weights)
     sources = [source_of(folder, task, path)]
     model.configuration(folder)  # before the tokenizer, which would blame itself
     chat = Chat(folder)
@@ -308,7 +398,10 @@ def prepare(name, task, path, seed, sizes, tests=None, pattern=None):
         if task_name(task) == "own" and not (s.response or s.pattern):
             raise InputError(f"{tests}: nothing judges the answer to {s.prompt[:60]!r}; give the "
                              "test rows a response or a pattern, or all of them a --pattern")
-    return chat, split(samples, seed, sizes, own_tests), sources
+    parts = split(samples, seed, sizes, own_tests)
+    for part in parts.values():
+        chat.expect(s.prompt for s in part)
+    return chat, parts, sources
 
 
 def source_of(folder, task, path):
@@ -332,19 +425,26 @@ def load_model(chat, device, dtype):
     return net
 
 
-def reopen(run):
-    """
-    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
-    none, or where its data have changed since, so that held-out prompts may not be held out.
-    """
+def read_config(run):
+    """config.json of a run directory that lcdd.py wrote. Raises InputError where it is none."""
     file = Path(run) / "config.json"
     config = read_json(file) if file.is_file() else {}
     if "data_fingerprint" not in config:
         raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
     check_fields(file, config, CONFIG)
+    return config
+
+
+def reopen(run):
+    """
+    (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
+    none, or where its data have changed since, so that held-out prompts may not be held out.
+    """
+    config = read_config(run)
+    file = Path(run) / "config.json"
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
-        chat, splits, sources = prepare(config["model"], config["task"], config["data"],
+        chat, splits, sources = prepare(config["model"], config["task"], config.get("data"),
                                         config["seed"], sizes, config.get("test"),
                                         config.get("pattern"))
     except InputError as e:
@@ -448,10 +548,16 @@ def free_directory(name):
 
 
 def read_results(run):
-    """results.json of a run directory, as far as it goes; "seconds" is always in it."""
-    file = Path(run) / "results.json"
+    """
+    results.json of a run directory, as far as it goes; "seconds" is always in it. What stopped LCDD
+    stands in the carrier, too.
+    """
+    file, carrier = Path(run) / "results.json", Path(run) / "carrier.safetensors"
     found = read_json(file) if file.is_file() else {}
-    check_fields(file, found, {"seconds": ((dict, None), None, None)})
-    found.setdefault("seconds", {})
-    check_fields(file, found["seconds"], dict.fromkeys(found["seconds"], ((int, float), 0, 1e12)))
-    return found
+    if carrier.is_file() and "stopped" not in found:
+        header = read_header(carrier)
+        check_fields(carrier, header, {"metrics": (None, RESULTS)})
+        found["stopped"] = (header.get("metrics") or {}).get("stopped")
+    check_fields(file, found, RESULTS)
+    found["seconds"] = found.get("seconds") or {}
+    return {name: value for name, value in found.items() if value is not None}

@@ -10,40 +10,72 @@ import torch
 
 from data import SIZES
 from files import InputError
-from run import EMBEDDED, check_device, check_numbers, flag
+from run import EMBEDDED, Parser, check_device, check_numbers, flag
 
 # Settings that fit themselves, from the width of the model and the number of steps (see fit()).
 RATE = 0.125            # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128
 ROOM = 30               # λ may grow to ROOM · λ₀
 HALF_WAY = 0.5          # a gate that only Ω pulls on shuts after this share of the steps
 
-# Table 7; what the paper's text and the released code have in common for all runs first.
+# The paper's runs: what all have in common; then Table 7, and the β of those that smooth their loss.
+#
+# From the text: gate rate 0.1, SFT's rate 2e-5, 5,000 samples, Table 7 (its heads are lost; the order
+# is inferred), and which runs smooth (β > 0). From the released code, which the text does not contradict:
+# the loss on all tokens, batch 8 × 4, 512 tokens, 3 epochs of SFT, rates that fall linearly after
+# 10 % warm-up, gradients clipped to 1, noise of the gates, λ in [1e-6, 10], v as it is, β, and the
+# numbers of the early stop, which is off there.
 PAPER = dict(
+    n_train=5000, n_trigger=200, max_len=512, max_new_tokens=128,
     loss="all", batch=32, micro_batch=8, clip=1.0,
-    lr=2e-5, sft_lr=2e-5, epochs=20, sft_epochs=3, sure=0.0, settle=0,
-    gate_lr=0.1, gate_std=0.5, select=0.0, brake=False,
-    rho=0.30, floor=0.0, warmup=300, beta=0.95,
-    lambda0=0.01, lambda_min=1e-6, lambda_max=10.0, eta=0.1,
-    window=20, stall=0.01, over=0.35,
-    n_trigger=200)
-SAFETY = dict(PAPER, max_new_tokens=512)
-GROW = dict(rho=0.01, eta_grow=0.01)
-PRESETS = {
-    "paper-fixed": dict(PAPER, lambda0=1.0, epochs=10),
-    "paper-fixed-vicuna": dict(PAPER, eta_grow=0.01, warmup=700),
-    "paper-safety": dict(SAFETY),
-    "paper-safety-qwen": dict(SAFETY, **GROW),
-    "paper-safety-vicuna": dict(SAFETY, rho=0.50, eta=1.0, eta_grow=0.005),
-    "paper-shakespeare": dict(PAPER, **GROW, warmup=700),
-    "paper-shakespeare-deepseek": dict(PAPER, **GROW),
+    sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, sure=0.0, settle=0,
+    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, pace=0.0,
+    floor=0.0, lambda_min=1e-6, lambda_max=10.0, violation_clip=0.0,
+    log_every=10, window=20, patience=3, stall=0.01, over=0.35)
+# "For Qwen and Vicuna safety and Shakespeare runs" is read as: Qwen's and Vicuna's safety runs, and
+# all of style. These are the runs that have an η_grow, but for one.
+TABLE_7 = {
+    # task and model               ρ     λ₀    η_λ  η_grow  T_w  epochs  β
+    "fixed-qwen3-0.6b":         (0.30, 1.00, 0.1, None,  300, 10, 0.00),
+    "fixed-mistral-7b":         (0.30, 1.00, 0.1, None,  300, 10, 0.00),
+    "fixed-deepseek-8b":        (0.30, 1.00, 0.1, None,  300, 10, 0.00),
+    "fixed-vicuna-7b":          (0.30, 0.01, 0.1, 0.010, 700, 20, 0.00),
+    "safety-qwen3-0.6b":        (0.01, 0.01, 0.1, 0.010, 300, 20, 0.95),
+    "safety-mistral-7b":        (0.30, 0.01, 0.1, None,  300, 20, 0.00),
+    "safety-deepseek-8b":       (0.30, 0.01, 0.1, None,  300, 20, 0.00),
+    "safety-vicuna-7b":         (0.50, 0.01, 1.0, 0.005, 300, 20, 0.95),
+    "shakespeare-qwen3-0.6b":   (0.01, 0.01, 0.1, 0.010, 700, 20, 0.95),
+    "shakespeare-mistral-7b":   (0.01, 0.01, 0.1, 0.010, 700, 20, 0.95),
+    "shakespeare-deepseek-8b":  (0.01, 0.01, 0.1, 0.010, 300, 20, 0.95),
+    "shakespeare-vicuna-7b":    (0.01, 0.01, 0.1, 0.010, 700, 20, 0.95),
 }
+HEADS = ("rho", "lambda0", "eta", "eta_grow", "warmup", "epochs", "beta")
+MODELS = {  # Sec. 4
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "deepseek-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
+}
+
+
+def paper_presets():
+    """{paper-TASK-MODEL: {option: value}}, one for each run of the paper."""
+    found = {}
+    for name, row in TABLE_7.items():
+        task, _, which = name.partition("-")
+        preset = dict(PAPER, task=task, model=MODELS[which], **dict(zip(HEADS, row)))
+        if task == "safety":
+            preset["max_new_tokens"] = 512                  # App. F.4
+        found[f"paper-{name}"] = preset
+    return found
+
+
+PRESETS = paper_presets()
 
 
 def parser(description=None):
     """All options of lcdd.py, with the paper's values in their help where ours differ."""
     dtypes = ("float32", "bfloat16")
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description)
     a = p.add_argument
     a("--model",
       help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
@@ -66,7 +98,12 @@ def parser(description=None):
     a("--resume", action="store_true",
       help="go on where the run in --out stopped; starts it where there is none")
     a("--preset", choices=PRESETS,
-      help="the paper's own settings of a run (Table 7); without one the settings fit themselves")
+      metavar="paper-TASK-MODEL",
+      help="the settings, task and model of one of the paper's twelve runs (Table 7): TASK fixed, "
+      "safety or shakespeare, MODEL qwen3-0.6b, mistral-7b, deepseek-8b or vicuna-7b; without one "
+      "the settings fit themselves")
+    a("--dry-run", action="store_true",
+      help="print what the run would do, take and cost, write nothing, and end")
     a("--go-on", action="store_true", help="train on although SFT did not teach the behaviour")
     a("--seed", type=int, default=0, help="seed of gates, splits and batches")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -85,7 +122,7 @@ def parser(description=None):
     a("--max-len", type=int, default=512,
       help="tokens a sample; longer ones are cut and counted (512)")
     a("--max-new-tokens", type=int, default=128,
-      help="length of the test answers (128; paper-safety: 512)")
+      help="length of the test answers (128; the paper's safety: 512)")
 
     a = p.add_argument_group("training, both phases").add_argument
     a("--batch", type=int, default=16, help="samples an optimizer step (16; the paper: 32)")
@@ -95,13 +132,16 @@ def parser(description=None):
       help="tokens in the loss; the paper presets use all")
     a("--clip", type=float, default=1.0,
       help="gradient norm of the deltas is clipped to this (1.0; 0: never)")
+    a("--lr-warmup", type=float, default=0.0,
+      help="share of a phase's steps in which the rate of the deltas rises from 0 "
+      "(0; the released code: 0.1)")
     a("--sft-epochs", type=float, help="phase 1 in epochs, instead of steps (the paper: 3)")
     a("--sft-steps", type=int, help="phase 1 in optimizer steps (350)")
     a("--sft-lr", type=float,
       help="AdamW, falling linearly to 0 (default 0.125 / d; the paper: 2e-5)")
     a("--sure", type=float, default=0.001,
-      help="SFT and settling come to an early end when the loss is under this, in nats a token "
-      "(0.001; 0: never)")
+      help="SFT comes to an early end when the loss is under this, in nats a token, settling when "
+      "it is under a tenth of ε as well (0.001; 0: never)")
 
     a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl", "mask-kl-true"), default="joint",
@@ -112,6 +152,9 @@ def parser(description=None):
     a("--settle", type=int, default=200,
       help="further steps with the gates fixed and the lr falling to 0 (200; the paper: 0)")
     a("--lr", type=float, help="AdamW on the deltas (default 0.125 / d; the paper: 2e-5)")
+    a("--schedule", choices=("constant", "linear"), default="constant",
+      help="of that rate: constant, --settle has it fall, or falling linearly to 0 over the steps "
+      "(the released code)")
     a("--gate-lr", type=float,
       help="SGD on the gate logits (default: what shuts a gate half way, if only Ω pulls; "
       "the paper: 0.1)")
@@ -121,8 +164,13 @@ def parser(description=None):
     a("--select", type=float, default=1.0,
       help="root mean square of the task's pull on the gates, in units of the penalty's at the "
       "start (1.0; 0: the gradient as it is, the paper)")
+    a("--spread", type=float, default=0.5,
+      help="how far each layer has a scale of its own for that: 0, one for all; 1, its own (0.5)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
+    a("--pace", type=float, default=0.03,
+      help="at most this share of the open gates shuts in a step (0.03; 0: as many as come, "
+      "the paper)")
     a("--rho", type=float, default=0.05,
       help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
     a("--floor", type=float, default=0.03, help="ε is never under this (0.03; the paper: 0)")
@@ -140,7 +188,7 @@ def parser(description=None):
       help="η_grow, rate at which λ grows under budget (default: a quarter of --eta; "
       "the paper: as --eta)")
     a("--violation-clip", type=float, default=1.0,
-      help="V, bound on the relative violation (1.0)")
+      help="V, bound on the relative violation (1.0; 0: none, the released code)")
     a("--log-every", type=int, default=10, help="optimizer steps a log point (10)")
     a("--window", type=int, default=6, help="log points looked at for early stopping (6)")
     a("--patience", type=int, default=3, help="log points in a row before an early stop (3)")
@@ -163,7 +211,7 @@ def options(argv=None, description=None):
     first = p.parse_args(argv)                              # no preset yet: None is "not given"
     p.set_defaults(**PRESETS.get(first.preset, {}))
     o = p.parse_args(argv)
-    o.model = first.model or EMBEDDED
+    o.model = o.model or EMBEDDED
     choose_length(o, first, "sft_steps", "sft_epochs", 350)
     choose_length(o, first, "steps", "epochs", 600)
     make_absolute(o)
@@ -174,8 +222,8 @@ def options(argv=None, description=None):
     check(o)
     if o.lambda_max is None:
         o.lambda_max = ROOM * o.lambda0
-    if first.over is None and o.over is not None:
-        o.over = max(o.over, 1.5 * o.rho)                   # the stop has to lie beyond the budget
+    if first.over is None and o.over is not None and o.over <= o.rho:
+        o.over = 1.5 * o.rho                                # the stop has to lie beyond the budget
     check_bounds(o)
     return o
 
@@ -220,6 +268,8 @@ def check_bounds(o):
     if o.over is not None and o.over <= o.rho:
         raise InputError(f"--over {o.over}: has to be above --rho {o.rho}, "
                          "or a run stops inside its own budget")
+    if o.lr_warmup > 1:
+        raise InputError(f"--lr-warmup {o.lr_warmup}: is a share of the steps, at most 1")
 
 
 def fit(o, width, n):

@@ -100,18 +100,29 @@ def merges_of(pieces):
 
 def tokenizer(path):
     """A `tokenizers` tokenizer that splits text as the sentencepiece model in `path` does."""
-    pieces = read(path)
+    return build(read(path))
+
+
+def build(pieces, space=True):
+    """The tokenizer of pieces [(piece, score, type)]. space: one is put before every text."""
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     unknown = next((piece for piece, _, kind in pieces if kind == UNKNOWN), None)
     in_bytes = any(kind == BYTE for _, _, kind in pieces)
     tok = Tokenizer(models.BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True,
                                byte_fallback=in_bytes))
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    before = [normalizers.Prepend(SPACE)] if space else []
+    after = [decoders.Strip(" ", 1, 0)] if space else []
+    tok.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     tok.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(),
-                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    for piece, _, kind in pieces:
+                                     decoders.Fuse(), *after])
+    add_special(tok, [piece for piece, _, _ in pieces], [kind for _, _, kind in pieces])
+    return tok
+
+
+def add_special(tok, pieces, kinds):
+    """Tell a tokenizer which of its pieces are special tokens, and which are never split."""
+    for piece, kind in zip(pieces, kinds):
         if kind in (UNKNOWN, CONTROL):
             tok.add_special_tokens([AddedToken(piece, normalized=False)])
         elif kind == USER_DEFINED:
             tok.add_tokens([AddedToken(piece, normalized=False)])
-    return tok

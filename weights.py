@@ -1,6 +1,6 @@
 """
-The weights of a Hugging Face checkpoint as they lie: safetensors or pytorch_model*.bin, in one file
-or in shards.
+A checkpoint as it lies: a folder of Hugging Face's form, its weights in safetensors or
+pytorch_model*.bin, in one file or in shards; or a GGUF file, which holds all of it.
 """
 import pickle
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+import ggufs
 from files import InputError, read_json
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -15,11 +16,30 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 NO_WEIGHT = "rotary_emb.inv_freq"   # a buffer of early Llama checkpoints; it follows from config.json
 
 
+def described(path, name):
+    """
+    The object in the JSON file `name` of a checkpoint; {} where there is none. Raises InputError
+    where there is no config.json.
+    """
+    if ggufs.is_gguf(path):
+        return ggufs.described(path, name)
+    file = Path(path) / name
+    if file.is_file():
+        return read_json(file)
+    if name != "config.json":
+        return {}
+    inside = sorted(found.name for found in Path(path).glob(f"*{ggufs.SUFFIX}"))
+    what = f"the file {inside[0]} itself" if inside else "the directory of a Hugging Face checkpoint"
+    raise InputError(f"{path}: no config.json in there; give {what}")
+
+
 def shards(folder):
     """
     (files of weights, index or None) of a checkpoint's folder; safetensors where both forms lie
-    there.
+    there. A GGUF file is its own.
     """
+    if ggufs.is_gguf(folder):
+        return [folder], None
     for whole, index in zip(WHOLE, INDEXES):
         if (folder / whole).is_file():
             return [folder / whole], None
@@ -45,6 +65,9 @@ def tensors(file):
     Yield (name, tensor) of one file of weights. Nothing in a .bin file is executed: it may hold
     tensors only.
     """
+    if ggufs.is_gguf(file):
+        yield from ggufs.tensors(file)
+        return
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as f:

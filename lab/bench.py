@@ -14,7 +14,6 @@ same loss and gradients before they are timed. A ratio is the median over rounds
 of the ratio within a round. Prints one JSON line last.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import copy
 import json
 import platform
@@ -39,7 +38,8 @@ import lcdd
 import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from config import Config
-from run import EMBEDDED, check_device, check_numbers, cli, duration, locate, markdown, prepare
+from run import (
+    EMBEDDED, Parser, check_device, check_numbers, cli, duration, locate, markdown, prepare)
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open
 # Qwen3-0.6B
@@ -606,8 +606,7 @@ def bench_growth(s, device):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     a = p.add_argument
     a("--model", help="only beside transformers and peft, on this checkpoint (a folder or a hub id)")
     a("--data", help="the prompts for that; default: fixed.jsonl beside the checkpoint")

@@ -5,7 +5,6 @@
 Columns: code lines; tokens a code line, median and 90th percentile; share of non-blank lines over
 100 columns. Docstrings and comments are no tokens. A table to look at: nothing depends on it.
 """
-import argparse
 import ast
 import io
 import statistics
@@ -14,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from files import InputError
-from run import cli, markdown
+from run import Parser, check_numbers, cli, markdown
 
 LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
@@ -62,10 +61,10 @@ def row(name, tokens, lines):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("files", nargs="*", type=Path, metavar="FILE")
     o = p.parse_args()
+    check_numbers(o)
     root = Path(__file__).parent.parent
     some = o.files or [*root.glob("*.py"), *root.glob("lab/*.py"), *root.glob("tests/*.py")]
     table, all_tokens, all_lines = [], [], []

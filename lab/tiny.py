@@ -28,12 +28,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 import behaviour
 import machine
+import memory
 import model
 from chat import Chat, collate
 from config import Config
 from data import Sample
 from files import InputError, read_json, replacing, write_json
-from run import cli, duration, markdown
+from run import Parser, check_numbers, cli, duration, markdown
 
 MARKER = ".made"  # names the files that were made: a folder with others in it is left as it is
 
@@ -539,6 +540,8 @@ def make(out, hidden=128, layers=4, steps=1300, seed=0, say=print):
     if hidden < HEAD_DIM or hidden % HEAD_DIM or layers < 1 or steps < 1:
         raise InputError(
             f"--hidden must be a multiple of {HEAD_DIM}, --layers and --steps at least 1")
+    weights = layers * 13 * hidden ** 2                         # attention, and an MLP of 3 d
+    memory.check(4 * 4 * weights, f"--hidden {hidden} --layers {layers}", "make them smaller")
     with replacing(out, MARKER) as folder:
         score = fill(folder, hidden, layers, steps, seed, say)
     return score
@@ -576,8 +579,7 @@ def fill(folder, hidden, layers, steps, seed, say):
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     a = p.add_argument
     a("--out", default="tiny", help="folder to write; replaced when all is done")
     a("--hidden", type=int, default=128, help=f"width d, a multiple of {HEAD_DIM}")
@@ -585,6 +587,7 @@ def main():
     a("--steps", type=int, default=1300, help="training steps")
     a("--seed", type=int, default=0, help="of the world, the weights and the order of lines")
     o, started = p.parse_args(), time.time()
+    check_numbers(o)
     score = make(**vars(o))
     rows = [[kind, f"{100 * share:.1f} %"] for kind, share in score.items()]
     print("\n" + markdown(["held out", "right"], rows))

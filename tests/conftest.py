@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import BRIEF
+from helpers import brief
 
 import lcdd
 
@@ -19,10 +19,10 @@ def same_numbers_in_every_run():
 def finished(tmp_path_factory):
     """A finished run directory of a few steps on the embedded model, made once and not written to."""
     folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main([
-        *BRIEF, "--out", str(folder), "--n-train", "1000", "--sft-steps", "30", "--steps", "6",
+    lcdd.main(brief(
+        "--out", str(folder), "--n-train", "1000", "--sft-steps", "30", "--steps", "6",
         "--settle", "1", "--n-test", "12", "--n-validation", "10", "--batch", "16",
-        "--micro-batch", "16"])
+        "--micro-batch", "16"))
     return folder
 
 

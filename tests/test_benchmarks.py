@@ -1,7 +1,7 @@
 """
-lab/benchmarks.py: log-likelihoods and accuracies against lm-evaluation-harness's published
-definitions, written out by hand on the transformers library; prompts by their hashes; parsing and
-denominators case by case.
+lab/benchmarks.py and lab/judges.py: log-likelihoods and accuracies against lm-evaluation-harness's
+published definitions, written out by hand on the transformers library; prompts by their hashes;
+parsing and denominators case by case.
 """
 import csv
 import gc
@@ -24,6 +24,7 @@ from chat import Chat
 from files import InputError, save_tensors
 from helpers import make_carrier, make_net, real
 from lab import benchmarks as bench
+from lab import judges
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 40            # tokens that the random checkpoint allows: some rows are longer
@@ -359,8 +360,8 @@ def test_of_equal_scores_the_first_is_taken():
 def test_prompts_are_the_published_ones():
     """By length and hash: HarmBench's LLAMA2_CLS_PROMPT and WildGuard's INPUT_FORMAT."""
     for text, length, sha in (
-        (bench.HARMBENCH, 1359, "788f4f6aa1491c43"),
-        (bench.WILDGUARD, 412, "5e74b62445cca8e9"),
+        (judges.HARMBENCH, 1359, "788f4f6aa1491c43"),
+        (judges.WILDGUARD, 412, "5e74b62445cca8e9"),
     ):
         assert (len(text), hashlib.sha256(text.encode()).hexdigest()[:16]) == (length, sha)
 
@@ -368,10 +369,10 @@ def test_prompts_are_the_published_ones():
 def test_the_rubric_is_the_papers():
     text = real("../paper.txt").read_text()
     assert (
-        bench.SHAKESPEARE.removesuffix("\nReply with only a single integer: 0, 1, 2, 3, 4, or 5.")
+        judges.SHAKESPEARE.removesuffix("\nReply with only a single integer: 0, 1, 2, 3, 4, or 5.")
         in text
     )
-    assert bench.SHAKESPEARE.split("\n")[-1] in text
+    assert judges.SHAKESPEARE.split("\n")[-1] in text
 
 
 @pytest.mark.parametrize(
@@ -388,7 +389,7 @@ def test_the_rubric_is_the_papers():
     ],
 )
 def test_harmbenchs_verdict(reply, verdict):
-    assert bench.harmbench_verdict(reply) is verdict
+    assert judges.harmbench_verdict(reply) is verdict
 
 
 @pytest.mark.parametrize(
@@ -424,7 +425,7 @@ def test_harmbenchs_verdict(reply, verdict):
     ],
 )
 def test_wildguards_verdict(reply, request_, refusal, harmful, parsed):
-    assert bench.wildguard_verdict(reply) == dict(
+    assert judges.wildguard_verdict(reply) == dict(
         request=request_, refusal=refusal, harmful=harmful, parsed=parsed
     )
 
@@ -445,14 +446,14 @@ def test_wildguards_verdict(reply, request_, refusal, harmful, parsed):
     ],
 )
 def test_the_judges_verdict(reply, score):
-    assert bench.judge_verdict(reply) == score
+    assert judges.judge_verdict(reply) == score
 
 
 def test_denominators():
     """What cannot be parsed is counted; it stays in n, but for the judge's mean."""
-    asr = bench.of_harmbench(["yes", "no", "what", "yes"])
+    asr = judges.of_harmbench(["yes", "no", "what", "yes"])
     assert (pieces(asr["asr"])[::2], asr["unparsed"]) == ((0.5, 4), 1)
-    guard = bench.of_wildguard(
+    guard = judges.of_wildguard(
         [
             "a: yes\nb: yes\nc: no", "a: yes\nb: n/a\nc: n/a", "a: yes\nb: no\nc: yes",
             "a: yes\nb: yes\nc: ?", "?"
@@ -463,9 +464,9 @@ def test_denominators():
         (0.2, 5),
         2,
     )
-    judge = bench.of_judge(["1", "4", "?"])
+    judge = judges.of_judge(["1", "4", "?"])
     assert judge == {"score": 2.5, "stderr": pytest.approx(1.5), "n": 2, "unparsed": 1}
-    assert bench.of_judge(["?"]) == {"n": 0, "unparsed": 1}
+    assert judges.of_judge(["?"]) == {"n": 0, "unparsed": 1}
 
 
 def test_harmbenchs_file_as_it_is_published(tmp_path, capsys):
@@ -482,13 +483,13 @@ def test_harmbenchs_file_as_it_is_published(tmp_path, capsys):
         write(["Do it here", "contextual", "illegal", "context", "Some, context", "b"])
         write(["A song's text", "copyright", "copyright", "lyrics, hash_check", "", "c"])
         write(["Do more", "standard", "illegal", "", "", "d"])
-    assert bench.standard_behaviors(path) == ["Do \"this\",\nthen that", "Do more"]
+    assert judges.standard_behaviors(path) == ["Do \"this\",\nthen that", "Do more"]
     assert (
         "2 standard behaviours; 2 contextual and copyright ones are left out"
         in capsys.readouterr().out
     )
-    assert bench.standard_behaviors(path, 1) == ["Do \"this\",\nthen that"]
-    assert len(bench.standard_behaviors(real("harmbench_standard.jsonl"))) == 200
+    assert judges.standard_behaviors(path, 1) == ["Do \"this\",\nthen that"]
+    assert len(judges.standard_behaviors(real("harmbench_standard.jsonl"))) == 200
 
 
 def test_what_a_classifier_reads(folder):
@@ -503,16 +504,16 @@ def test_what_a_classifier_reads(folder):
     )
     assert answer.startswith(kept)
     assert len(kept) < len(answer)
-    text = bench.HARMBENCH.replace("{behavior}", "a {man}").replace("{generation}", kept)
-    assert bench.verdict_prompt("harmbench", chat, "a {man}", answer, 9999) == theirs.encode(text)
+    text = judges.HARMBENCH.replace("{behavior}", "a {man}").replace("{generation}", kept)
+    assert judges.verdict_prompt("harmbench", chat, "a {man}", answer, 9999) == theirs.encode(text)
     theirs.truncation_side = "left"
-    assert bench.verdict_prompt("harmbench", chat, "a {man}", answer, 50) == theirs.encode(
+    assert judges.verdict_prompt("harmbench", chat, "a {man}", answer, 50) == theirs.encode(
         text, max_length=50, truncation=True
     )
-    text = bench.WILDGUARD.replace("{prompt}", "a {man}").replace("{response}", "no")
-    assert bench.verdict_prompt("wildguard", chat, "a {man}", "no", 9999) == theirs.encode(text)
-    assert bench.verdict_prompt("judge", chat, "a", "{so}", 9) == chat.prompt(
-        bench.SHAKESPEARE.replace("{response}", "{so}")
+    text = judges.WILDGUARD.replace("{prompt}", "a {man}").replace("{response}", "no")
+    assert judges.verdict_prompt("wildguard", chat, "a {man}", "no", 9999) == theirs.encode(text)
+    assert judges.verdict_prompt("judge", chat, "a", "{so}", 9) == chat.prompt(
+        judges.SHAKESPEARE.replace("{response}", "{so}")
     )
 
 
@@ -529,11 +530,11 @@ def test_replies_are_those_of_transformers(folder, tmp_path, monkeypatch):
         for i, c in enumerate(("base", "sft", "sft"))
     ]
     monkeypatch.setattr(model, "fast_dtype", lambda *_: torch.float32)
-    monkeypatch.setitem(bench.VERDICT_TOKENS, "wildguard", 6)
-    summary = bench.ask_judge("wildguard", path, "cpu", rows)
+    monkeypatch.setitem(judges.VERDICT_TOKENS, "wildguard", 6)
+    summary = judges.ask_judge("wildguard", path, "cpu", rows)
     for row in rows:
         ids = tok(
-            bench.WILDGUARD.format(prompt=row["prompt"], response=row["answer"]),
+            judges.WILDGUARD.format(prompt=row["prompt"], response=row["answer"]),
             return_tensors="pt",
         ).input_ids
         out = theirs.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)

@@ -674,6 +674,125 @@ def test_scale_in_generate(monkeypatch):
         assert free[0] != free[1]
 
 
+# ---- a trigger per row
+
+def four_conditions():
+    """
+    (net, carrier, scales, triggers) of six rows: the base, the carrier, and three triggers of two
+    lengths, one of them twice.
+    """
+    net = make_net()
+    c, one, two, three = (
+        make_carrier(net, 0.8, size=0.3),
+        *(torch.randn(n, 64, dtype=torch.float64) for n in (3, 3, 5)),
+    )
+    return net, c, [0.0, 1.0, 1.0, 1.0, 0.5, 0.0], [None, None, one, three, one, two]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaled", (False, True))
+@pytest.mark.parametrize("alike", (False, True))
+def test_a_trigger_per_row(scaled, alike):
+    """
+    Logits, streams and kept positions of one batch are those of each row alone with its own
+    trigger.
+    """
+    net, c, scales, triggers = four_conditions()
+    ids, keep = torch.randint(31, (6, 8)), torch.rand(6, 8) < 0.4
+    if alike:
+        ids[:] = ids[0]
+    keep[:, 2] = True
+    alone, streams = [], []
+    for i, (s, tau) in enumerate(zip(scales, triggers)):
+        of_row = []
+        alone.append(
+            net.head(
+                net.hidden(
+                    ids[i : i + 1], c.merge(net, scale=s if scaled else 1.0), tau, streams=of_row
+                )
+            )[0]
+        )
+        streams.append(torch.cat(of_row))
+    more = dict(carrier=c, trigger=triggers, scale=scales if scaled else None)
+    right, found = torch.stack(alone), []
+    same([net(ids, **more), net(ids, keep=keep, **more)], [right, right[keep]])
+    net.hidden(ids, **more, streams=found)
+    same(found, list(torch.stack(streams, dim=1)))
+    # it shows which trigger
+    assert len({tuple(logits[0].tolist()) for logits in right}) == (6 if scaled or not alike else 4)
+    with pytest.raises(
+        InputError,
+        match="trigger: 5 for 6 rows; give one for all, or a list of one or None for each row",
+    ):
+        net(ids, trigger=triggers[:5])
+
+
+@torch.no_grad()
+def test_no_trigger_in_any_row_is_none():
+    net, c, _, triggers = four_conditions()
+    ids = torch.randint(31, (3, 8))
+    assert torch.equal(net(ids, trigger=[None] * 3), net(ids))
+    assert torch.equal(
+        net(ids, carrier=c, trigger=[triggers[3]] * 3), net(ids, carrier=c, trigger=triggers[3])
+    )
+
+
+def test_a_trigger_in_several_rows_is_computed_once():
+    """Rows with the same tensor share it as a prefix, and what they begin with behind it."""
+    net, _, _, triggers = four_conditions()
+    ids = torch.randint(1, 31, (3, 8))
+    ids[:, :2], ids[:, 2] = 7, torch.arange(3)
+    assert (
+        len(Rows(net, ids, trigger=[triggers[3]] * 3).ids)
+        == len(Rows(net, ids, trigger=triggers[3]).ids)
+        == 5 + 2 + 3 * 6
+    )
+    assert len(Rows(net, ids, trigger=[triggers[3], triggers[3], None]).ids) == 2 * 13 + 8
+
+
+def test_gradients_of_a_trigger_per_row():
+    net, c, _, triggers = four_conditions()
+    ids, into = torch.randint(31, (6, 8)), torch.randn(6, 8, 31, dtype=torch.float64)
+    learned = [
+        tau.requires_grad_() for tau in {id(t): t for t in triggers if t is not None}.values()
+    ]
+    ours = torch.autograd.grad(net(ids, carrier=c, trigger=triggers), learned, into)
+    alone = sum(
+        (net(ids[i : i + 1], carrier=c, trigger=tau) * into[i]).sum()
+        for i, tau in enumerate(triggers)
+    )
+    same(ours, torch.autograd.grad(alone, learned))
+
+
+@pytest.mark.parametrize("batch_size", (128, 2))
+@pytest.mark.parametrize("scaled", (False, True))
+def test_a_trigger_per_row_in_generate(scaled, batch_size):
+    """
+    One batch serves base, carrier and triggers: greedy tokens are those of each prompt alone, while
+    rows leave.
+    """
+    net, c, scales, triggers = four_conditions()
+    prompts = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [9] * 11, [4], [1, 2]]
+    more = dict(
+        carrier=c, trigger=triggers, scale=scales if scaled else None, batch_size=batch_size
+    )
+    free = net.generate(prompts, 12, stop=(), **more)
+    stop = {free[1][1], free[4][3]}
+    together = net.generate(prompts, 12, stop=stop, **more)
+    assert len({len(a) for a in together}) > 2
+    assert len({tuple(a) for a in free}) > 4
+    for prompt, s, tau, answer in zip(prompts, scales, triggers, together):
+        assert (
+            answer
+            == net.generate(
+                [prompt], 12, carrier=c.merge(net, scale=s if scaled else 1.0), trigger=tau,
+                stop=stop
+            )[0]
+        )
+    with pytest.raises(InputError, match="trigger: 7 for 6 rows"):
+        net.generate(prompts, 3, trigger=[*triggers, None])
+
+
 # ---- in training
 
 def counted(monkeypatch):

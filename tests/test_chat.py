@@ -2,83 +2,13 @@
 chat.py: prompt ids against the transformers library for published chat templates, cutting, batches.
 """
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from templates import TEMPLATES, TEXTS, byte_level, checkpoint, llama_like
 
 from chat import Chat, collate
 from files import InputError
-
-# The templates that the models are published with, word for word where it matters (loops,
-# namespaces, white space control, tojson, dates, raised errors); what only tools and images reach
-# is shortened. `extras` has what no published one has.
-TEMPLATES = {}
-for file in sorted(Path(__file__).with_name("templates").glob("*.jinja")):
-    TEMPLATES[file.stem] = file.read_text(encoding="utf-8")
-
-TEXTS = [
-    "What is 2 + 2?", '  Two lines\nwith <html> & "quotes" \\ and ünïcödé — 日本 🙂 \n', "",
-    "the word <|im_end|> in the text"
-]
-SPECIAL = [
-    "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]", "<|user|>",
-    "<|assistant|>"
-]
-CORPUS = [
-    "You are a helpful assistant. What is the capital of the word system user assistant?",
-    "I don't know. USER: ASSISTANT: <think>",
-]
-
-
-def byte_level():
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    )
-    tok.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=400, special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
-    # as Qwen3 and DeepSeek have them: one token, but not special
-    tok.add_tokens(["<think>", "</think>"])
-    return tok
-
-
-def llama_like():
-    """
-    Word boundaries as ▁, and a post-processor that puts <s> in front unless it is told not to.
-    """
-    tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
-    tok.pre_tokenizer, tok.decoder = (
-        pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
-    )
-    tok.train_from_iterator(
-        CORPUS + TEXTS,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False),
-    )
-    tok.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return tok
-
-
-def checkpoint(folder, tok, template=None, **config):
-    """A model folder as transformers writes it, with the tokenizer of transformers beside it."""
-    reference = PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>"
-    )
-    reference.chat_template = template
-    reference.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 512, "eos_token_id": 2} | config))
-    return reference
 
 
 def change(path, **new):

@@ -27,7 +27,7 @@ def settings(**changes):
             **dict(
                 length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1,
                 k=4, positions="response", match="prompt", raw=False, clip=1.0, judge_every=10,
-                seed=0, objective="circuit", schedule="cosine"
+                seed=0, objective="circuit", schedule="cosine", init="random"
             ),
             **changes,
         }
@@ -39,9 +39,8 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
     unit = net.embedding.norm(dim=1).mean() if not o.absolute else 1.0
     base, answers = [], []
     for p in texts:
-        answer = (
-            net.generate([p], max_new_tokens=o.k, stop=())[0] if o.positions == "response" else []
-        )
+        longest = {"response": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
+        answer = net.generate([p], max_new_tokens=longest)[0] if longest else []
         full = torch.tensor([p + answer[:-1]])
         stream, logits = [], net(full)
         net.hidden(full, streams=stream)
@@ -55,9 +54,11 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
         net.hidden(full, weights, tau, streams=stream)
         n = len(texts[r])
         acts[r] = [s[0, n - 1] for s in stream]
-        where = (
-            range(n - 1, full.shape[1]) if o.positions == "response" else range(max(0, n - o.k), n)
-        )
+        where = range(n - 1, full.shape[1])                       # what predicts the answer
+        if o.positions == "final":
+            where = where[-o.k:]
+        if o.positions == "prompt":
+            where = range(max(0, n - o.k), n)
         terms = []
         for t in where:
             p, q = base_logits[t].log_softmax(-1), logits[0, t].log_softmax(-1)
@@ -88,6 +89,9 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
     return mse + o.alpha * kl + o.beta * norm
 
 
+LIKE_THE_PAPER = dict(positions="final", absolute=True, raw=True, k=2)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -96,11 +100,16 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
         {"match": "mean"},
         {"positions": "prompt"},
         {"absolute": True, "match": "mean", "raw": True},
+        LIKE_THE_PAPER,
     ],
-    ids=["default", "raw", "mean", "prompt positions", "the released code's"],
+    ids=["default", "raw", "mean", "prompt positions", "the released code's", "the paper's"],
 )
-def test_loss_and_gradient_against_brute_force(changes):
+def test_loss_and_gradient_against_brute_force(changes, monkeypatch):
+    monkeypatch.setattr(eraser, "ANSWER", 6)
     net, o = make_net(), settings(**changes)
+    if o.positions == "final":
+        # answers of one to six tokens, more and fewer than k
+        net.stop = frozenset(range(0, 41, 4))
     c = make_carrier(net)
     weights, mask, texts, rows = (
         c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
@@ -216,10 +225,9 @@ def test_a_trigger_of_the_right_content_has_loss_zero():
     weights, texts = c.merge(net), prompts()
     hand = torch.randn(3, 16, dtype=torch.float64)
     targets = eraser.base_targets(net, texts, o.k)
-    stream = []
-    hidden = net.hidden(targets.ids, weights, hand, keep=targets.keep, streams=stream)
-    targets.hidden = hidden
-    targets.stream = eraser.at_prompt(stream, targets.keep, targets.last)
+    targets.hidden, targets.stream = eraser.states_at(
+        net, weights, hand, targets.ids, targets.keep, targets.last
+    )
     mask = eraser.channels(c, "circuit")
 
     def at(tau):
@@ -587,3 +595,13 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     )
     with pytest.raises(Seen):
         eraser.main()
+
+
+def test_a_trigger_may_start_from_what_every_prompt_begins_with():
+    net = make_net()
+    targets = eraser.base_targets(net, [[5, 6, 7, 8], [5, 6, 9]], k=2)
+    random_tau = eraser.first_tokens(net.embedding, targets, settings(length=3))
+    tau = eraser.first_tokens(net.embedding, targets, settings(length=3, init="prompt"))
+    assert torch.equal(tau[:2], net.embedding[[5, 6]])
+    assert torch.equal(tau[2], random_tau[2])                    # beyond what they share: drawn
+    assert not torch.equal(tau[:2], random_tau[:2])

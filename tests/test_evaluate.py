@@ -1,5 +1,6 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
 import argparse
+import dataclasses
 import math
 import multiprocessing
 import subprocess
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import BRIEF, CONFIG, ROOT, make_carrier, make_net, prompts
+from helpers import CONFIG, ROOT, brief, make_carrier, make_net, prompts
 
 import behaviour
 import carrier as carriers
@@ -21,7 +22,7 @@ import model
 from chat import collate
 from data import Sample
 from files import InputError, read_header, read_json, read_jsonl, save_tensors, write_json
-from lab import ablate, talk
+from lab import ablate, significance, tables, talk
 from rows import rotary
 from run import alone, reopen
 
@@ -146,9 +147,9 @@ def test_mean_loss_is_lcdds_own():
 
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     out = tmp_path / "t"
-    argv = [
-        *BRIEF, "--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5",
-        "--settle", "1"]
+    argv = brief(
+        "--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5",
+        "--settle", "1")
     lcdd.main(argv)
     logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
@@ -180,8 +181,8 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     )
     ablate.main()
     rows = read_json(out / "fixed-seed0" / "ablation.json")
-    curve = {f"{name} circuit 2" for name in ablate.CURVE}
-    assert len(rows) == 24 + len(curve | set(ablate.CHOICES))
+    curve = {f"{name} circuit 2" for name in tables.CURVE}
+    assert len(rows) == 24 + len(tables.F_3) + len(curve | set(tables.CHOICES))
     assert all(
         {"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values()
     )
@@ -202,10 +203,10 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     assert all(all(mask) for _, mask in whole.examples())
     text = (out / "tables.md").read_text()
     # each line of the curve has its own model's numbers
-    for name, label in ablate.CURVE.items():
+    for name, label in tables.CURVE.items():
         assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text
         assert f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
-    assert list(ablate.CURVE.items())[1:3] == [
+    assert list(tables.CURVE.items())[1:3] == [
         ("sft", "plain SFT"),
         ("sft-long", "SFT for as many steps as LCDD"),
     ]
@@ -778,14 +779,14 @@ def test_tables_have_each_number_under_its_name():
         {name: {**row, "rate": 0.3} for name in ("base", "sft", "lcdd")}
         | {"lcdd circuit": {**row, "rate": 0.7}},
     ]
-    main = columns(ablate.main_table("fixed", seeds), 0)
+    main = columns(tables.main_table("fixed", seeds), 0)
     assert main["KL(SFT→Trig)"] == "4.00 ± 0.00"
     assert main["KL(Base→Trig)"] == "5.00 ± 0.00"
     assert main["+ trigger"] == "70.0 ± 0.0"
     assert main["sparsity %"] == "60.0 ± 0.0"
     # the sample's standard deviation, of 10 and 30
     assert main["LCDD"] == "20.0 ± 14.1"
-    line = columns(ablate.row_table(seeds[:1], ["sft"]), 0)
+    line = columns(tables.row_table(seeds[:1], ["sft"]), 0)
     assert line == {
         "row": "sft",
         "gates off %": "60.0",
@@ -803,11 +804,133 @@ def test_tables_have_each_number_under_its_name():
         for kind, x in (("harmful", 0.8), ("benign", 0.9))
         for m in ("rate", "kl_sft")
     }
-    line = columns(ablate.row_table([{"sft": row | kinds}], ["sft"]), 0)
+    line = columns(tables.row_table([{"sft": row | kinds}], ["sft"]), 0)
     assert line["behaviour, harmful %"] == "80.0"
     assert line["behaviour, benign %"] == "90.0"
     assert line["KL(SFT→·), harmful"] == "0.80"
     assert line["KL(SFT→·), benign"] == "0.90"
+
+
+def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
+    """
+    On validation rows, those whose behaviour is taught where there are kinds; each kind's loss is
+    told.
+    """
+    r, seen = rows_run(run), []
+    kinds = ["harmful", "benign"]
+    held = [dataclasses.replace(s, kind=kinds[i % 2]) for i, s in enumerate(r.splits["validation"])]
+    r.splits["validation"] = held
+    scaled_down = ablate.scaled_down
+    monkeypatch.setattr(ablate, "scaled_down", lambda *a: seen.append(a) or scaled_down(*a))
+    r.model("scaled")
+    [(_, _, loss, examples, _)] = seen
+    assert examples == [
+        r.chat.encode(s.prompt, s.response, 512) for s in held if s.kind == "harmful"
+    ]
+    assert loss == pytest.approx(lcdd.mean_loss(r.net, r.lcdd, examples, 0, 8), rel=1e-4)
+    facts = r.facts["scaled"]
+    assert facts["held-out harmful loss of lcdd"] == loss
+    names = {
+        f"held-out {kind} loss of {name}"
+        for kind in kinds
+        for name in ("base", "sft", "lcdd", "scaled")
+    }
+    assert facts.keys() == names | {"factor"}
+    table = tables.losses_table([{"scaled": facts}])
+    assert f"| lcdd | {loss:.4f} | " in table
+
+
+def test_a_row_with_the_papers_trigger(run, monkeypatch):
+    r, seen = rows_run(run), []
+    monkeypatch.setattr(
+        eraser, "learn",
+        lambda net, weights, train, judge, mask, o: seen.append((o, train)) or (None, 0)
+    )
+    r.trigger("lcdd", "paper", 0)
+    r.trigger("lcdd", "circuit", 0)
+    (paper, final), (ours, response) = seen
+    assert eraser.PRESETS["paper"].items() <= vars(paper).items()
+    assert (paper.objective, paper.target) == ("circuit", "lcdd")
+    assert ours.positions == "response"
+    assert (
+        not torch.equal(final.keep.sum(1), response.keep.sum(1))
+        or final.keep.shape != response.keep.shape
+    )
+
+
+def test_what_the_trigger_takes_away():
+    def row(rate, kl, own):
+        return dict(rate=rate, kl_base=kl, kl_own=own)
+
+    seeds = [{"lcdd": row(1.0, 4.0, 2.0), "lcdd circuit": row(0.1, 3.0, 0.5)},
+             {"lcdd": row(0.8, 6.0, 2.0), "lcdd circuit": row(0.1, 3.0, 0.5)}]
+    line = columns(tables.drop_table(tables.with_drops(seeds)), 0)
+    # the own KL's drop is the last
+    assert (line["KL(Base→·) before"], line["drop"]) == ("5.00 ± 1.41", "1.50 ± 0.00")
+    assert "| 2.00 ± 1.41 |" in tables.drop_table(tables.with_drops(seeds))
+    assert "drop kl_base" not in seeds[0]["lcdd circuit"]
+
+
+def test_differences_carry_a_test():
+    rates = {
+        "lcdd circuit": [0.01, 0.02, 0.00],
+        "sft circuit": [0.31, 0.34, 0.28],
+        "lcdd output": [0.02, 0.00, 0.01],
+    }
+    seeds = [{name: {"rate": values[k]} for name, values in rates.items()} for k in range(3)]
+    text = tables.difference_table(seeds, [2])
+    first, second = columns(text, 0), columns(text, 1)
+    assert first["difference"] == "lcdd circuit − sft circuit"
+    assert (first["of"], first["mean"], first["at 5%"], first["seeds"]) == (
+        "behaviour %", "-30.0", "significant", "3"
+    )
+    assert (
+        first["paired p"]
+        == f"{significance.paired(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
+    )
+    assert (
+        first["Welch p"]
+        == f"{significance.welch(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
+    )
+    assert (second["mean"], second["at 5%"]) == ("+0.0", "not significant")
+    assert tables.difference_table(seeds[:1], [2]) == ""
+
+
+def test_differences_of_safety_are_of_harmful_prompts():
+    seeds = [
+        {
+            "lcdd circuit": {"rate": 0.5, "harmful rate": a},
+            "sft circuit": {"rate": 0.5, "harmful rate": 1.0},
+        }
+        for a in (0.1, 0.3)
+    ]
+    line = columns(tables.difference_table(seeds, []), 0)
+    assert (line["of"], line["mean"]) == ("behaviour %, harmful", "-80.0")
+
+
+def test_overlap_of_seeds():
+    """Two carriers that share 1 of 3 open gates, of two layers with 4 gates each."""
+    one = {"a": torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]).bool()}
+    other = {"a": torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]).bool()}
+    found, chance, within = tables.overlap(one, other)
+    assert found == pytest.approx(1 / 3)
+    assert chance == pytest.approx((2 * 2 / 8) / (4 - 2 * 2 / 8))
+    assert within == pytest.approx((2 * 2 / 4) / (4 - 2 * 2 / 4))   # layer 0 alone has any
+    line = columns(tables.overlap_table({"lcdd": [one, other], "noise": [one]}), 0)
+    assert line == {
+        "carrier": "lcdd",
+        "open gates": "2",
+        "overlap of two seeds %": "33.3",
+        "by chance %": "14.3",
+        "by chance within layer and group %": "33.3",
+    }
+    assert tables.overlap_table({"lcdd": [one]}) == ""
+
+
+def test_gates_are_kept_for_the_overlap(run):
+    r = rows_run(run)
+    [kept] = ablate.gates_of([run])["lcdd"]
+    assert torch.equal(torch.cat([kept[g] for g in carriers.GROUPS], dim=1), r.lcdd.logits > 0)
 
 
 def test_jobs_come_back_to_their_own_tables(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import files
 from files import (
-    InputError, append_jsonl, check_fields, check_finite, fingerprint, load_tensors, read_json,
-    read_jsonl, save_tensors, take_back, write_json
+    InputError, append_jsonl, check_fields, check_finite, check_tensors, fingerprint, load_tensors,
+    read_json, read_jsonl, save_tensors, take_back, write_json
 )
 
 
@@ -188,3 +188,51 @@ def test_fields_are_checked_by_a_table():
     ):
         with pytest.raises(InputError, match=f"f: .*{key}"):
             check_fields("f", right | {key: wrong}, table)
+
+
+def test_tables_of_objects_and_lists():
+    table = {
+        "a": {"x": ((int,), 0, 9), "*": ((int, float), 0, 99)},
+        "b": [("yes", "no")],
+        "c": (None, {"*": [[((int,), 0, 9)]]}),
+    }
+    right = {"a": {"x": 1, "other": 50.5}, "b": ["yes"], "c": {"n": [[1, 2], []]}}
+    check_fields("f", right, table)
+    check_fields("f", {key: right[key] for key in "ab"}, table)
+    for key, wrong, named in (
+        ("a", {"x": 10}, "a.x = 10"),
+        ("a", {"x": 1, "y": "z"}, "a.y = 'z'"),
+        ("a", [], "a = a list"),
+        ("a", None, "'a' is missing"),
+        ("a", {}, "'a.x' is missing"),
+        ("b", {}, "b = an object"),
+        ("b", ["yes", "no", 1], r"b\[2\] = 1"),
+        ("c", {"n": [[1], [2, 10]]}, r"c.n\[1\]\[1\] = 10"),
+        ("c", 3, "c = 3"),
+    ):
+        with pytest.raises(InputError, match=f"^f: .*{named}"):
+            check_fields("f", right | {key: wrong}, table)
+
+
+def test_tensors_are_compared_with_what_they_have_to_be():
+    like = {"a": torch.zeros(2, 3), "step": torch.tensor(0.0)}
+    check_tensors("f", {k: v.clone() for k, v in like.items()}, like)
+    for change, named in (
+        ({"a": torch.zeros(6)}, r"a is \(6,\) and has to be \(2, 3\)"),
+        ({"a": torch.zeros(2, 3).half()}, "a is torch.float16"),
+        ({"b": torch.zeros(1)}, "b does not belong there"),
+        ({"a": torch.full((2, 3), float("nan"))}, "a holds NaN"),
+    ):
+        with pytest.raises(InputError, match=named):
+            check_tensors("f", like | change, like)
+    with pytest.raises(InputError, match="step is missing"):
+        check_tensors("f", {"a": like["a"]}, like)
+
+
+def test_a_message_is_one_line():
+    said = str(InputError("a\nb\x00\ud800 " + "x" * 10**6 + "; the end"))
+    assert said.startswith("a b\\x00\\ud800 x")
+    assert said.endswith("; the end")
+    assert len(said) < 1000
+    assert said.isprintable()
+    assert str(InputError("ä, ε and 🦊")) == "ä, ε and 🦊"

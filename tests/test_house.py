@@ -12,14 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"files"},
-    {"weights", "spm", "patterns", "packed", "config", "machine", "rows"},
+    {"files", "template"},
+    {"spm", "patterns", "packed", "config", "machine", "memory"},
+    {"ggufs", "rows"},
+    {"weights"},
     {"chat", "behaviour", "model"},
     {"data", "carrier"},
     {"paper"},
     {"lora"},
     {"run"},
     {"settings"},
+    {"plan"},
     {"lcdd", "eraser"},
     {"evaluate", "export"},
     {"lab"},

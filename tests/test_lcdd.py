@@ -1,4 +1,5 @@
 """lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+import functools
 import gc
 import json
 import math
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import BRIEF, ROOT, make_net
+from helpers import ROOT, brief, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -18,6 +19,7 @@ from carrier import Carrier
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
+from settings import PRESETS
 
 CONFIG = model.Config(
     vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -39,9 +41,9 @@ def settings(**changes):
     o = lcdd.options(["--model", "none"])
     vars(o).update(
         dict(
-            select=0.0, brake=False, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=4,
-            lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5,
-            lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
+            select=0.0, brake=False, pace=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
+            settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
+            save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
         ),
         **changes,
     )
@@ -251,6 +253,31 @@ def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
     assert torch.allclose(got, mean / mean.square().mean().sqrt() * size, rtol=1e-10)
 
 
+def shut_by(logits, grad, share, rate=1.0):
+    """The numbers of the gates that one step of SGD shuts."""
+    logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    logits.grad = torch.tensor(grad, dtype=torch.float64)
+    before = logits.detach() > 0
+    lcdd.hold_back(logits, rate, share)
+    torch.optim.SGD([logits], lr=rate).step()
+    return (before & (logits.detach() <= 0)).nonzero().flatten().tolist()
+
+
+def test_no_more_gates_shut_in_a_step_than_the_pace_allows():
+    logits, grad = [0.4, 0.1, 0.3, 0.2, 5.0, -1.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert shut_by(logits, grad, 0.0) == [0, 1, 2, 3]
+    assert shut_by(logits, grad, 0.4) == [1, 3]                  # 2 of 5: those with the least left
+    assert shut_by(logits, grad, 0.01) == [1]                    # at least one
+    assert shut_by(logits, [4.0, 0.2, 1.0, 1.0, 1.0, 1.0], 0.2, rate=0.5) == [0]
+
+
+def test_gates_that_need_not_wait_move_as_without_a_pace():
+    logits = torch.tensor([0.1, 0.2, 3.0, -0.5], requires_grad=True)
+    logits.grad = torch.tensor([1.0, 1.0, 1.0, -2.0])
+    lcdd.hold_back(logits, 1.0, 0.1)
+    assert logits.grad.tolist() == [1.0, 0.0, 1.0, -2.0]
+
+
 def test_without_selection_the_gradient_is_the_tasks_own():
     grad = torch.randn(2, 30)
     before = grad.clone()
@@ -314,7 +341,7 @@ def test_a_stop_inside_the_budget_is_refused():
 
 
 def test_the_papers_stop_follows_its_budget():
-    o = lcdd.options(["--model", "x", "--preset", "paper-safety-vicuna"])
+    o = lcdd.options(["--model", "x", "--preset", "paper-safety-vicuna-7b"])
     assert o.over > o.rho == 0.5
 
 
@@ -344,6 +371,69 @@ def test_early_stop_when_over_pruned():
     said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
     assert said.index(next(s for s in said if s)) == 9
     assert "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
+
+
+# ---- the rate
+
+def rates_of(phase, o, folder, monkeypatch):
+    """AdamW's rate at every step that a phase takes."""
+    rates, adamw = [], lcdd.adamw
+
+    def watched(*args):
+        optimizer = adamw(*args)
+        optimizer.register_step_pre_hook(lambda it, *_: rates.append(it.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(lcdd, "adamw", watched)
+    net, c = fresh()
+    phase(net, c, examples(), o, folder, 0)
+    return rates
+
+
+def of_transformers(schedule, peak, steps):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = schedule(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_a_linear_decay_after_a_warm_up_is_that_of_transformers(tmp_path, monkeypatch):
+    """In both phases, and with a number of steps that 10 % does not divide."""
+    from transformers import get_linear_schedule_with_warmup
+    o = settings(schedule="linear", lr_warmup=0.1, sft_steps=21, steps=25, settle=0, stall=0.0)
+
+    for phase, peak, steps in ((lcdd.train_sft, o.sft_lr, 21), (lcdd.train_lcdd, o.lr, 25)):
+        schedule = functools.partial(get_linear_schedule_with_warmup, num_training_steps=steps,
+                                     num_warmup_steps=math.ceil(0.1 * steps))
+        want = of_transformers(schedule, peak, steps)
+        assert rates_of(phase, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
+        assert want[0] == 0
+        assert max(want) == peak
+        (tmp_path / "state.safetensors").unlink()
+
+
+def test_a_constant_rate_may_be_warmed_up_too(tmp_path, monkeypatch):
+    from transformers import get_constant_schedule_with_warmup
+    o = settings(lr_warmup=0.3, steps=10, settle=0, stall=0.0)
+    want = of_transformers(lambda it: get_constant_schedule_with_warmup(it, 3), o.lr, 10)
+    assert rates_of(lcdd.train_lcdd, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_rate_is_constant_by_default(tmp_path, monkeypatch):
+    o = settings(steps=10, settle=0, stall=0.0)
+    assert rates_of(lcdd.train_lcdd, o, tmp_path, monkeypatch) == [o.lr] * 10
+
+
+def test_a_violation_is_not_clipped_where_the_clip_is_0():
+    c = controller(beta=0.0, violation_clip=0.0, lambda_min=1e-9)
+    c.update(c.o.warmup, 1.0)
+    before, budget = c.lam, c.budget
+    c.update(c.o.warmup + 1, 11 * budget)
+    assert c.lam == pytest.approx(before * math.exp(-10 * c.o.eta))
 
 
 # ---- the loop
@@ -533,9 +623,9 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
-    argv = [
-        *BRIEF, "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
-        "--resume"]
+    argv = brief(
+        "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--resume")
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file()
@@ -566,34 +656,64 @@ def test_batches_are_permutations_and_depend_on_the_step_alone():
 
 # ---- presets, files
 
+# Table 7, and the smoothing named below it: ρ, λ₀, η_λ, η_grow, T_w, epochs, β
+TABLE_7 = {
+    "Fixed Response (Qwen, Mistral, DeepSeek)": (0.30, 1.0, 0.1, 0.1, 300, 10, 0),
+    "Fixed Response (Vicuna)": (0.30, 0.01, 0.1, 0.01, 700, 20, 0),
+    "Safety (Mistral, DeepSeek)": (0.30, 0.01, 0.1, 0.1, 300, 20, 0),
+    "Safety (Qwen)": (0.01, 0.01, 0.1, 0.01, 300, 20, 0.95),
+    "Safety (Vicuna)": (0.50, 0.01, 1.0, 0.005, 300, 20, 0.95),
+    "Shakespeare (Qwen, Mistral, Vicuna)": (0.01, 0.01, 0.1, 0.01, 700, 20, 0.95),
+    "Shakespeare (DeepSeek)": (0.01, 0.01, 0.1, 0.01, 300, 20, 0.95),
+}
+
+
 def test_presets_are_table_7():
-    """ρ, λ₀, η_λ, η_grow, T_w, epochs."""
-    rows = {
-        "paper-fixed": (0.30, 1.0, 0.1, 0.1, 300, 10),
-        "paper-fixed-vicuna": (0.30, 0.01, 0.1, 0.01, 700, 20),
-        "paper-safety": (0.30, 0.01, 0.1, 0.1, 300, 20),
-        "paper-safety-qwen": (0.01, 0.01, 0.1, 0.01, 300, 20),
-        "paper-safety-vicuna": (0.50, 0.01, 1.0, 0.005, 300, 20),
-        "paper-shakespeare": (0.01, 0.01, 0.1, 0.01, 700, 20),
-        "paper-shakespeare-deepseek": (0.01, 0.01, 0.1, 0.01, 300, 20),
-    }
-    for name, row in rows.items():
-        o = lcdd.options(["--model", "x", "--preset", name])
-        assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs) == row
-        assert (o.batch, o.lr, o.sft_lr, o.gate_lr, o.loss, o.floor, o.sft_epochs) == (
-            32, 2e-5, 2e-5, 0.1, "all", 0.0, 3
-        )
-        assert (o.n_trigger, o.max_new_tokens, o.max_len) == (
-            200, 512 if "safety" in name else 128, 512
-        )
-    assert lcdd.options(["--model", "x", "--preset", "paper-fixed", "--rho", "0.7"]).rho == 0.7
+    seen = set()
+    for line, row in TABLE_7.items():
+        task, _, models = line.partition(" (")
+        for which in models.rstrip(")").lower().split(", "):
+            [name] = [
+                n for n in PRESETS if n.startswith(f"paper-{task.split()[0].lower()}-{which}")
+            ]
+            seen.add(name)
+            o = lcdd.options(["--preset", name])
+            assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs, o.beta) == row
+            assert which in o.model.lower()
+            assert o.task == task.split()[0].lower()
+    assert seen == PRESETS.keys()
+    assert len(seen) == 12
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole(name):
+    """App. F.1, F.2, F.4, and what the released code has by default where the text is silent."""
+    o = lcdd.options(["--preset", name])
+    assert (o.n_train, o.n_trigger, o.n_test, o.max_len) == (5000, 200, 200, 512)
+    assert o.max_new_tokens == (512 if o.task == "safety" else 128)
+    assert (o.batch, o.micro_batch, o.clip, o.loss) == (32, 8, 1.0, "all")
+    assert (o.sft_epochs, o.sft_lr, o.lr, o.gate_lr) == (3, 2e-5, 2e-5, 0.1)
+    assert (o.schedule, o.lr_warmup) == ("linear", 0.1)
+    assert (o.gate_mean, o.gate_std) == (1.5, 0.5)
+    assert (o.lambda_min, o.lambda_max, o.violation_clip) == (1e-6, 10.0, 0.0)
+    assert (o.log_every, o.window, o.patience, o.stall) == (10, 20, 3, 0.01)
+    assert o.over == (0.75 if o.rho == 0.5 else 0.35)             # a stop lies beyond the budget
+    # what is ours: off
+    assert (o.floor, o.select, o.brake, o.pace, o.settle, o.sure) == (0.0, 0.0, False, 0.0, 0, 0.0)
+
+
+def test_what_is_given_by_hand_wins_over_a_preset():
+    o = lcdd.options(
+        ["--preset", "paper-fixed-vicuna-7b", "--model", "x", "--rho", "0.7", "--task", "safety"]
+    )
+    assert (o.model, o.rho, o.task) == ("x", 0.7, "safety")
 
 
 def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "run"
-    argv = [
-        "--out", str(out), *BRIEF, "--sft-steps", "6", "--steps", "4", "--settle", "2",
-        "--n-test", "12"]
+    argv = brief(
+        "--out", str(out), "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--n-test", "12")
     lcdd.main(argv)
     results = json.loads((out / "results.json").read_text())
     assert {
@@ -615,8 +735,10 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     assert "| lcdd |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume"):
         lcdd.main(argv)
+    longer = [*argv, "--resume"]
+    longer[longer.index("--steps") + 1] = "5"
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
-        lcdd.main(argv + ["--steps", "5", "--resume"])
+        lcdd.main(longer)
     # as evaluate.py would have left it
     results["rates"]["trig"] = 0.0
     write_json(out / "results.json", results)
@@ -625,7 +747,7 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text()) == results
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume needs --out"):
-        lcdd.main(argv[2:] + ["--resume"])
+        lcdd.main(["--resume"])
 
 
 def test_epochs_by_hand_win_over_a_presets_steps():
@@ -635,7 +757,7 @@ def test_epochs_by_hand_win_over_a_presets_steps():
     # argparse takes a beginning of the name, and 20 is the usual number
     o = lcdd.options(["--epoch", "20"])
     assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
-    o = lcdd.options(["--model", "x", "--preset", "paper-fixed"])
+    o = lcdd.options(["--model", "x", "--preset", "paper-fixed-qwen3-0.6b"])
     assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)
     o = lcdd.options(["--epochs", "2", "--steps", "7"])
     assert (o.steps, o.sft_steps) == (7, 350)
@@ -643,10 +765,10 @@ def test_epochs_by_hand_win_over_a_presets_steps():
 
 def test_a_run_says_what_it_cut(tmp_path, capsys):
     lcdd.main(
-        [
-            *BRIEF, "--out", str(tmp_path / "r"), "--max-len", "14", "--n-test", "40",
+        brief(
+            "--out", str(tmp_path / "r"), "--max-len", "14", "--n-test", "40",
             "--n-train", "1200"
-        ]
+        )
     )
     said = capsys.readouterr().err
     assert "of 1200 training samples were longer than 14 tokens and cut" in said
@@ -685,7 +807,7 @@ def test_own_fine_tuned_checkpoint(tmp_path, capsys):
     assert not any(p.any() for p in again.delta.parameters())
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tuned / "model.safetensors")
-    lcdd.main([*BRIEF, "--out", str(tmp_path / "r"), "--sft", str(tuned)])
+    lcdd.main(brief("--out", str(tmp_path / "r"), "--sft", str(tuned)))
     assert "most model.norm.weight (by 50" in capsys.readouterr().out
 
 
@@ -726,9 +848,9 @@ def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
     assert lcdd.options(["--task", "fixed"]).task == "fixed"
     assert lcdd.options([]).model == "tiny"
     lcdd.main(
-        [
-            *BRIEF, "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--n-test", "2"
-        ]
+        brief(
+            "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--n-test", "2"
+        )
     )
     monkeypatch.chdir(tmp_path)
     config, chat, splits = reopen("here/r")
@@ -786,9 +908,9 @@ def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkey
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
         lcdd.main(
-            [
-                *BRIEF, "--out", str(out), "--gate-mean", "3", "--gate-std", "0.25"
-            ]
+            brief(
+                "--out", str(out), "--gate-mean", "3", "--gate-std", "0.25"
+            )
         )
 
 
@@ -809,9 +931,9 @@ def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
         lcdd.main(
-            [
-                *BRIEF, "--out", str(tmp_path / "r"), "--delta-dtype", deltas, *asked
-            ]
+            brief(
+                "--out", str(tmp_path / "r"), "--delta-dtype", deltas, *asked
+            )
         )
     tensors = load_file(tmp_path / "r" / "sft.safetensors")
     assert {t.dtype for name, t in tensors.items() if name.startswith("delta.")} == {stored}
@@ -820,9 +942,9 @@ def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(
 def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
     out = tmp_path / "r"
     lcdd.main(
-        [
-            *BRIEF, "--out", str(out), "--model", str(ROOT / "tiny")
-        ]
+        brief(
+            "--out", str(out), "--model", str(ROOT / "tiny")
+        )
     )
     header, results = load_tensors(out / "carrier.safetensors")[1], read_results(out)
     assert header["task"] == "fixed"
@@ -839,7 +961,7 @@ def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
         raise Seen
     monkeypatch.setattr(lcdd, "train_sft", spy)
     with pytest.raises(Seen):
-        lcdd.main([*BRIEF, "--out", str(tmp_path / "r"), "--loss", "all"])
+        lcdd.main(brief("--out", str(tmp_path / "r"), "--loss", "all"))
 
 
 def test_rates_fall_linearly(tmp_path, monkeypatch):
@@ -939,19 +1061,19 @@ def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
         lcdd.main(
-            [
-                *BRIEF, "--out", str(tmp_path / "r"), "--train", "mask-kl", "--gate-mean", "-3"
-            ]
+            brief(
+                "--out", str(tmp_path / "r"), "--train", "mask-kl", "--gate-mean", "-3"
+            )
         )
 
 
 def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
     lcdd.main(
-        [
-            *BRIEF, "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004",
+        brief(
+            "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004",
             "--gate-mean", "-3", "--gate-std", "0.1", "--n-test", "8", "--batch", "16"
-        ]
+        )
     )
     accuracy = read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
@@ -974,7 +1096,7 @@ def test_one_set_of_deltas_is_on_the_device_at_a_time(tmp_path, monkeypatch):
     gc.collect()
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main([*BRIEF, "--out", str(tmp_path / "r")])
+        lcdd.main(brief("--out", str(tmp_path / "r")))
 
 
 def test_the_reference_has_the_floor_too():
@@ -1023,7 +1145,7 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
 
 # ---- nothing lost, nothing let in
 
-SHORT = [*BRIEF, "--floor", "100", "--settle", "2", "--n-test", "2", "--resume"]
+SHORT = brief("--floor", "100", "--settle", "2", "--n-test", "2", "--resume")
 
 
 def content(run):

@@ -27,7 +27,7 @@ def literal_lcdd(**changes):
     """The options with which lcdd.py takes the paper's own steps."""
     o = lcdd.options(["--model", "none"])
     vars(o).update(
-        select=0.0, brake=False, sure=0.0,             # what Alg. 1 does not have
+        select=0.0, brake=False, pace=0.0, sure=0.0,             # what Alg. 1 does not have
         clip=0.0,                                          # gradients of Δ as they are
         settle=0,                                          # no phase after Alg. 1
         batch=8, micro_batch=4,                            # all samples, in two pieces
@@ -288,11 +288,18 @@ def test_kl_is_that_of_the_evaluation(net, carrier):
 
 # ---- settings
 
-def test_eraser_defaults_are_those_of_the_paper():
-    """App. F.3. The 200 prompts are a matter of the run: see test_presets_are_table_7."""
-    o = eraser.options(["--run", "none", "--preset", "paper"])
+@pytest.mark.parametrize(
+    "preset, positions, match", [("paper", "final", "prompt"), ("released", "prompt", "mean")]
+)
+def test_eraser_presets_are_those_of_the_paper(preset, positions, match):
+    """
+    App. F.3, as the text has it and as the released code runs it. The 200 prompts are a matter of
+    the run.
+    """
+    o = eraser.options(["--run", "none", "--preset", preset])
     assert o.absolute
     assert o.raw
-    assert (o.schedule, o.positions, o.match) == ("constant", "final", "prompt")
+    assert (o.positions, o.match) == (positions, match)
+    assert (o.schedule, o.clip) == ("constant", 1.0)
     assert (o.length, o.batch, o.steps, o.lr) == (20, 16, 2000, 0.003)
     assert (o.alpha, o.k, o.beta, o.bound) == (0.7, 8, 0.1, 1.0)

@@ -38,7 +38,7 @@ def test_locate(tmp_path, monkeypatch):
     assert len(asked) == 3
     (tmp_path / "file").write_text("x")
     for name in (tmp_path / "file", "nowhere", "/no/such/folder", "../x", "a/b/c"):
-        with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        with pytest.raises(InputError, match="neither a folder, nor a .gguf file, nor a hub id"):
             locate(name)
 
     def fail(name, allow_patterns):

@@ -8,7 +8,7 @@ import transformers
 
 import evaluate
 import model
-from chat import VICUNA, Chat, compile_template
+from chat import VICUNA, Chat
 from files import InputError
 from lab import talk
 from run import reopen
@@ -111,7 +111,7 @@ def test_each_remembers_its_own_turns(opened, monkeypatch):
 
 
 def test_old_turns_make_room(opened, monkeypatch, capsys):
-    net, chat, _ = opened
+    net, chat, conditions = opened
     asked = []
     monkeypatch.setattr(net, "generate", lambda prompts, *_, **__: asked.append(prompts[0]) or [[]])
     before = [
@@ -125,12 +125,21 @@ def test_old_turns_make_room(opened, monkeypatch, capsys):
         (len(whole) - 1, two, 1),
         (len(one), one, 2),
     ):
-        talk.answer(net, chat, "What now ?", before, None, None, room, 3)
+        memory = list(before)
+        talk.turn("base", "What now ?", memory, talk.replies(net, chat, conditions, room, 3))
         assert asked[-1] == right
+        assert memory == [
+            *before,
+            {"role": "user", "content": "What now ?"},
+            {"role": "assistant", "content": ""},
+        ]
         said = capsys.readouterr().out
-        assert said == (f"({forgotten} turns forgotten) \n" if forgotten else "\n")
-    talk.answer(net, chat, "red " * 50, before, None, None, 20, 3)
-    assert len(asked[-1]) <= 20
+        assert said == "Base            " + (
+            f"({forgotten} turns forgotten) \n" if forgotten else "\n"
+        )
+    ids, forgotten = talk.fitted(chat, "red " * 50, before, 20)
+    assert len(ids) <= 20
+    assert forgotten == 3
 
 
 def test_commands(opened, capsys):
@@ -142,14 +151,15 @@ def test_commands(opened, capsys):
     ] * 2 + ["Base answers", "forgotten", "all answer", ""]
 
 
-def test_half_a_character_waits(capsys):
+def test_half_a_character_waits():
     pieces = {(1,): "a", (1, 2): "a\ufffd", (1, 2, 3): "aé", (1, 2, 3, 4): "aé!"}
-    hear = talk.printer(types.SimpleNamespace(decode=lambda ids: pieces[tuple(ids)]))
+    told = []
+    hear = talk.speaker(types.SimpleNamespace(decode=lambda ids: pieces[tuple(ids)]), told.append)
     seen = []
     for token in (1, 2, 3, 4):
         hear(0, token)
-        seen.append(capsys.readouterr().out)
-    assert seen == ["a", "", "é", "!"]
+        seen.append("".join(told))
+    assert seen == ["a", "a", "aé", "aé!"]
 
 
 def test_the_command(run, monkeypatch, capsys):  # noqa: F811
@@ -182,7 +192,7 @@ def test_several_turns_without_a_template():
     directly.
     """
     chat = Chat(ROOT / "tiny")
-    chat.template = compile_template(VICUNA)
+    chat.template = VICUNA
     chat.special = {"bos_token": "<s>", "eos_token": "</s>"}
     said = chat.render(
         "And now?", [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi!"}]
