@@ -336,7 +336,7 @@ def test_a_trigger_is_resumed_elsewhere(elsewhere, tmp_path):
     )
     o = argparse.Namespace(
         length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2,
-        positions="response", match="prompt", raw=False, schedule="cosine", init="random", clip=1.0,
+        positions="response", match="prompt", raw=False, schedule="cosine", clip=1.0,
         judge_every=2, seed=0
     )
     args = (
