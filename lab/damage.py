@@ -9,8 +9,8 @@ import struct
 import torch
 from safetensors.torch import save_file
 
-from carrier import FORMAT
 from files import checksum, digest, load_tensors
+from packed import FORMAT
 
 DEEP = object()         # stands for brackets nested thousands deep, which json.dumps does not write
 BRACKETS = "[" * 5000 + "]" * 5000
