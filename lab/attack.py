@@ -5,8 +5,8 @@
     python -m lab.attack --what kills        commands that are killed, and resumed
     python -m lab.attack --only 137          one of these rounds once more, with all that it says
 
-A round of the first copies a small world (checkpoints, a finished and two interrupted runs, data), damages one
-file of it and runs one command on it. It may take 20 s, and 2 GB of memory beyond the start's. A
+A round of the first copies a small world (checkpoints, a finished and two interrupted runs, data),
+damages one file of it and runs one command on it. It may take 20 s, and 2 GB of memory beyond the start's. A
 round is well where the command works, or ends in one sentence and status 2 (3: it failed and says
 so). Rounds depend on --seed and their number alone.
 """
