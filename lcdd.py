@@ -353,7 +353,7 @@ def like_state(carrier, params, metadata, tensors):
     like = dict(carrier.state_dict())
     if metadata["phase"] == "lcdd":
         like["extra.mean"] = carrier.logits
-        if metadata["kept_step"] is not None:
+        if metadata.get("kept_step") is not None:
             like["extra.kept"] = carrier.logits
     if any(name.startswith("adam.") for name in tensors):
         for i, p in enumerate(params):
@@ -614,7 +614,7 @@ def restore(saved, controller, selection, early):
     selection.mean.copy_(saved["extra"]["mean"])
     for part, numbers in ((controller, saved["controller"]), (early, saved["early"])):
         vars(part).update({name: numbers[name] for name in part.state()})
-    if saved["kept_step"] is None:
+    if saved.get("kept_step") is None:
         return saved["step"], None
     return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
 
