@@ -389,10 +389,13 @@ def test_factors_of_one_scale_nothing(tmp_path):
 
 
 def test_without_the_package(tmp_path, monkeypatch):
-    write(tmp_path / "net.gguf")
+    """Only quantised numbers need it."""
+    write(tmp_path / "net.gguf", kind="Q8_0")
+    write(tmp_path / "plain.gguf", "llama3 scaling", kind="BF16")
     monkeypatch.setattr(ggufs.importlib.util, "find_spec", lambda name: None)
-    assert model.configuration(tmp_path / "net.gguf").num_hidden_layers == 2           # the header needs none
-    with pytest.raises(InputError, match="net.gguf: weights in a GGUF file are read by the gguf package, which is not installed; pip install gguf"):
+    assert model.configuration(tmp_path / "net.gguf").num_hidden_layers == 2
+    assert Chat(tmp_path / "net.gguf").eos_id == 2 and model.load(tmp_path / "plain.gguf").config.rope_llama3
+    with pytest.raises(InputError, match="net.gguf: its weights are quantised, and the gguf package, which multiplies them out, is not installed; pip install gguf"):
         model.load(tmp_path / "net.gguf")
 
 
