@@ -116,7 +116,7 @@ def trigger_options(folder, device):
 
 def check_settings(file, config, device):
     """Raises InputError where the settings in config.json are none that lcdd.py trains with."""
-    left_out = {name: True for name in ("out", "resume", "go_on")}
+    left_out = {name: True for name in ("out", "resume", "go_on", "dry_run")}
     table = fields_of(training_parser(), complete=True) | dict.fromkeys(FITTED, NUMBER)
     check_fields(file, config | left_out | {"out": "x"}, table)
     try:

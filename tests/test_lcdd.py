@@ -544,7 +544,8 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
-    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "2", "--device", "cpu", "--go-on", "--resume"]
+    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--floor", "100",
+            "--n-test", "2", "--device", "cpu", "--go-on", "--resume"]
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file() and len(calls) == last
@@ -633,7 +634,7 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     with pytest.raises(InputError, match="--resume"):
         lcdd.main(argv)
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
-        lcdd.main(argv + ["--steps", "5", "--resume"])
+        lcdd.main([word if word != "4" else "5" for word in argv] + ["--resume"])
     results["rates"]["trig"] = 0.0                                # as evaluate.py would have left it
     write_json(out / "results.json", results)
     lcdd.main(argv + ["--resume"])                                # finished: nothing is done, and nothing measured is lost
@@ -645,7 +646,7 @@ def test_whole_run_on_the_embedded_model(tmp_path, capsys):
 def test_epochs_by_hand_win_over_a_presets_steps():
     o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
     assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
-    o = lcdd.options(["--epoch", "20"])                           # argparse takes a beginning of the name, and 20 is the usual number
+    o = lcdd.options(["--epochs", "20"])                          # 20 is the paper's number
     assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
     o = lcdd.options(["--model", "x", "--preset", "paper-fixed-qwen3-0.6b"])
     assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)
