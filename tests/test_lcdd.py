@@ -241,7 +241,7 @@ def test_no_brake_without_a_budget_or_where_it_is_off():
 
 
 def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
-    o = settings(select=2.0, lambda0=0.05, gate_mean=1.5)
+    o = settings(select=2.0, spread=0.0, lambda0=0.05, gate_mean=1.5)
     g = [torch.randn(2, 30, dtype=torch.float64) * 1e-9 for _ in range(3)]
     selection, mean = lcdd.Selection(o, g[0]), torch.zeros(2, 30, dtype=torch.float64)
     for grad in g:
@@ -754,8 +754,7 @@ def test_epochs_by_hand_win_over_a_presets_steps():
     o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
     assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1)
     assert o.settle > 0
-    # argparse takes a beginning of the name, and 20 is the usual number
-    o = lcdd.options(["--epoch", "20"])
+    o = lcdd.options(["--epochs", "20"])                # 20 is the paper's number
     assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
     o = lcdd.options(["--model", "x", "--preset", "paper-fixed-qwen3-0.6b"])
     assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)

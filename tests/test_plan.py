@@ -39,7 +39,9 @@ def rows(path, n=40):
 
 
 def settings(*argv):
-    return lcdd.options(["--model", "x", "--dtype", "float32", "--device", "cpu", *argv])
+    o = lcdd.options(["--model", "x", "--device", "cpu", *argv])
+    o.dtype = o.dtype or "float32"
+    return o
 
 
 # ---- the command
@@ -61,6 +63,7 @@ def test_a_models_size_is_read_without_its_weights(which, tmp_path, monkeypatch,
     gates, parameters = SIZES[which]
     assert f"| gates | {gates}, " in said
     assert f"{parameters} parameters" in said
+    assert "deltas, gradients and AdamW's moments" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -151,24 +154,24 @@ def test_activations_are_what_autograd_keeps(dtype, qk_norm):
         net.hidden(ids, carrier)
     kept = sum(storage.nbytes() for storage in found.values())
     step = plan.Step(micro=1, tokens=B * T, supervised=0, prefix=0, length=T)
-    parts = plan.memory(config, step, settings("--dtype", dtype))
+    parts = plan.needed(config, step, settings("--dtype", dtype))
     assert parts["activations"] + parts["merged weights"] == pytest.approx(kept, rel=0.12)
 
 
 def test_memory_of_weights_and_moments():
     step = plan.Step(micro=1, tokens=0, supervised=0, prefix=0, length=0)
-    parts = plan.memory(CONFIG, step, settings("--dtype", "bfloat16"))
+    parts = plan.needed(CONFIG, step, settings("--dtype", "bfloat16"))
     deltas = sum(p.numel() for p in Carrier(CONFIG).delta.parameters())
     assert parts["weights"] == 2 * sum(p.numel() for p in model.Llama(CONFIG).parameters())
     assert parts["deltas, gradients and AdamW's moments"] == 16 * deltas
-    again = plan.memory(CONFIG, step, settings("--dtype", "bfloat16", "--delta-dtype", "bfloat16"))
+    again = plan.needed(CONFIG, step, settings("--dtype", "bfloat16", "--delta-dtype", "bfloat16"))
     assert again["deltas, gradients and AdamW's moments"] == 8 * deltas
 
 
 def test_recomputation_saves_memory():
     step = plan.Step(micro=1, tokens=1000, supervised=0, prefix=0, length=50)
     usual, less = (
-        plan.memory(CONFIG, step, settings(*more))["activations"] for more in ([], ["--checkpoint"])
+        plan.needed(CONFIG, step, settings(*more))["activations"] for more in ([], ["--checkpoint"])
     )
     assert less < usual / 2
 
