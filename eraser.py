@@ -41,8 +41,7 @@ from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers,
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
-             schedule="constant", clip=1.0, init="random", raw=True, alpha=0.7, k=8, beta=0.1,
-             judge_every=25)
+             schedule="constant", clip=1.0, raw=True, alpha=0.7, k=8, beta=0.1, judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -66,9 +65,6 @@ def parser():
       help="App. F.3 as the paper's text has it, or as the released code runs it")
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
     a("--length", type=int, default=16, help="n, tokens of the trigger (16; the paper: 20)")
-    a("--init", choices=("random", "prompt"), default="random",
-      help="what τ starts from: tokens drawn from the vocabulary (the paper), or the tokens that "
-      "every prompt begins with")
     a("--steps", type=int, default=120, help="optimizer steps (120; the paper: 2000)")
     a("--batch", type=int, default=16, help="prompts a step (16)")
     a("--lr", type=float, default=0.3,
@@ -320,7 +316,9 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
     lr = o.lr if o.absolute else o.lr * unit / math.sqrt(tokens.shape[1])
     variance = None if o.raw else model.wide(train.stream).var(1)                       # (L, d)
-    tau = project(first_tokens(tokens, train, o), o.bound * unit).requires_grad_(True)
+    generator = torch.Generator().manual_seed(o.seed)
+    first = torch.randint(len(tokens), (o.length,), generator=generator).to(net.device)
+    tau = project(tokens[first].clone(), o.bound * unit).requires_grad_(True)           # (n, d)
     optimizer = torch.optim.Adam([tau], lr=lr)
     best, lowest, start = restore(state, tau, optimizer, o)
     for t in range(start, o.steps + 1):
@@ -353,22 +351,6 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         optimizer.step()
         project(tau, o.bound * unit)
     return best, lowest
-
-
-def first_tokens(tokens, train, o):
-    """
-    What τ starts from, (n, d): rows of the embedding `tokens` (V, d), drawn at random, or those of
-    the ids that all of the prompts begin with, as far as they reach.
-    """
-    generator = torch.Generator().manual_seed(o.seed)
-    ids = torch.randint(len(tokens), (o.length,), generator=generator)
-    if o.init == "prompt":
-        common = train.ids[0, :int(train.last.min()) + 1].cpu()
-        same = (train.ids[:, :len(common)].cpu() == common).all(0)
-        shared = int(same.long().cumprod(0).sum())
-        n = min(shared, o.length)
-        ids[:n] = common[:n]
-    return tokens[ids.to(tokens.device)].clone()
 
 
 def save_state(path, tau, optimizer, best, lowest, step, o):

@@ -42,7 +42,7 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
                    write_json, write_text)
 from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, portable, prepare,
                  read_results, resume_command, ticker)
-from settings import fit, options, pull
+from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
 MAYBE = (None, NUMBER)
@@ -827,6 +827,18 @@ def results_table(o, scores, results):
     return "\n".join(lines)
 
 
+def dtype_of_run(o):
+    """
+    The dtype of the run that --resume takes up, which another machine would choose otherwise; None
+    where no run is there.
+    """
+    file = Path(o.out or "") / "config.json"
+    if not (o.resume and o.out and file.is_file()):
+        return None
+    found = read_json(file).get("dtype")
+    return found if found in DTYPES else None
+
+
 def main(argv=None):
     o = options(argv, __doc__)
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
@@ -838,6 +850,7 @@ def main(argv=None):
     examples = supervised(examples, o.loss)
     if o.dry_run:
         return plan.show(o, chat, splits, examples)
+    o.dtype = o.dtype or dtype_of_run(o)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop

@@ -100,22 +100,47 @@ def bytes_of(dtype):
 def measure(config, step, examples, o):
     """
     Seconds of an optimizer step of SFT ("sft") and of LCDD with every gate open ("lcdd"), and of
-    the next token of ANSWERED answers ("token").
+    the next token of ANSWERED answers ("token"): what one layer and the head take, times all
+    layers, entries of a layer, words and tokens.
+    """
+    small, some = narrowed(config), first_tokens(examples[:o.micro_batch])
+    measured = step_of(some, len(some), len(some))
+    n = min(CHUNK, max(1, round(measured.supervised)))
+    seconds = seconds_of_a_layer(small, some, n, o)
+
+    layers = sizes_of(config)[1] / sizes_of(small)[1]       # how many of the small one's
+    words = config.vocab_size * config.hidden_size / (small.vocab_size * small.hidden_size)
+    again = 1 + o.checkpoint / 3                            # forward once more
+    passes = layers * again * step.tokens / measured.tokens
+    logits = words * step.supervised / n
+    found = {"token": layers * seconds["token"] + words * seconds["word"]}
+    for phase in ("sft", "lcdd"):
+        found[phase] = passes * seconds[phase] + logits * seconds["head"]
+    if o.train.startswith("mask-kl"):                       # SFT's model answers, too
+        found["lcdd"] *= 4 / 3
+    for phase in ("sft", "lcdd"):
+        found[phase] += layers * seconds["update"]
+    return found
+
+
+def seconds_of_a_layer(config, examples, n, o):
+    """
+    What a model of one layer takes for a micro-batch: the gradients of SFT and of LCDD, an update
+    of Δ, the head with its gradient for n tokens; and for the next token of ANSWERED answers in
+    the layer and in the head.
     """
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
     if device.type == "cpu" and config.hidden_size < machine.WIDE:
         torch.set_num_threads(1)                            # as a run does
-    small = narrowed(config)
-    net = model.Llama(small).to(device, dtype).requires_grad_(False)
-    carrier = Carrier(small, getattr(torch, o.delta_dtype), device)
+    net = model.Llama(config).to(device, dtype).requires_grad_(False)
+    carrier = Carrier(config, getattr(torch, o.delta_dtype), device)
     optimizer = torch.optim.AdamW(carrier.delta.parameters(), fused=True)
-    some = first_tokens(examples[:o.micro_batch])
-    ids, real = (t.to(device) for t in collate([([i % small.vocab_size for i in ids[:-1]], mask[1:])
-                                                for ids, mask in some], 0))
-    n = max(1, min(CHUNK, int(real.sum())))
-    real = ids.new_ones(ids.shape).cumsum(1) <= torch.tensor(
-        [[len(row) - 1] for row, _ in some], device=device)
-    state = torch.zeros(n, small.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    rows = []
+    for ids, _ in examples:
+        known = [i % config.vocab_size for i in ids[:-1]]
+        rows.append((known, [True] * len(known)))
+    ids, real = (t.to(device) for t in collate(rows, 0))                                # (B, T)
+    states = torch.zeros(n, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
 
     def gradient():
         net.hidden(ids, carrier, keep=real).sum().backward()
@@ -125,7 +150,7 @@ def measure(config, step, examples, o):
         optimizer.step()
 
     def head():
-        F.cross_entropy(model.wide(net.head(state)), ids.new_zeros(n)).backward()
+        F.cross_entropy(model.wide(net.head(states)), ids.new_zeros(n)).backward()
 
     @torch.no_grad()
     def token():
@@ -133,24 +158,14 @@ def measure(config, step, examples, o):
 
     @torch.no_grad()
     def word():
-        net.head(state.new_zeros(ANSWERED, small.hidden_size))
+        net.head(states.new_zeros(ANSWERED, config.hidden_size))
 
-    # a step of the whole model: all layers, all entries of a layer, all tokens, all words
-    layers, tokens = config.num_hidden_layers, step_of(some, len(some), len(some)).tokens
-    entries = sizes_of(config)[1] / layers / sizes_of(small)[1]
-    words = config.vocab_size * config.hidden_size / (small.vocab_size * small.hidden_size)
-    again = 1 + o.checkpoint / 3                            # forward once more
-    found = {"token": layers * entries * seconds_of(token, device) + words * seconds_of(word, device)}
-    logits = words * step.supervised / n * seconds_of(head, device)
+    found = {}
     for phase in ("sft", "lcdd"):
         carrier.logits.requires_grad_(phase == "lcdd")
-        found[phase] = layers * entries * again * step.tokens / tokens * seconds_of(gradient, device)
-        found[phase] += logits
-    if o.train.startswith("mask-kl"):                       # SFT's model answers, too
-        found["lcdd"] *= 4 / 3
-    updating = layers * entries * seconds_of(update, device)
-    found["sft"] += updating
-    found["lcdd"] += updating
+        found[phase] = seconds_of(gradient, device)
+    for work in (update, head, token, word):
+        found[work.__name__] = seconds_of(work, device)
     return found
 
 
@@ -198,6 +213,10 @@ def show(o, chat, splits, examples):
     config = model.configuration(chat.folder)
     o.dtype = o.dtype or str(machine.fast_dtype(config, o.device)).removeprefix("torch.")
     fit(o, config.hidden_size, len(examples))
+    if o.sft:                                               # phase 1 is done
+        o.sft_steps = 0
+    if o.train != "joint":                                  # gates alone do not settle
+        o.settle = 0
     step = step_of(examples, o.batch, o.micro_batch)
     seconds = measure(config, step, examples, o)
     rows = [*what_it_is(o, config, splits, examples, step),

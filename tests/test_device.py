@@ -242,7 +242,7 @@ def test_rows_leave_a_batch_of_scales_elsewhere(elsewhere):
 def test_a_trigger_is_resumed_elsewhere(elsewhere, tmp_path):
     net, calls = model.load(ROOT / "tiny", elsewhere), []
     c, targets = carrier.Carrier(net.config, device=elsewhere), eraser.base_targets(net, [[5, 6, 7], [8], [9, 10]], 2)
-    o = argparse.Namespace(length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2, positions="response", match="prompt", raw=False, schedule="cosine", init="random",
+    o = argparse.Namespace(length=2, steps=4, batch=2, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=2, positions="response", match="prompt", raw=False, schedule="cosine",
                            clip=1.0, judge_every=2, seed=0)
     args = (net, c.merge(net), targets, targets, eraser.channels(c, "circuit"), o, tmp_path / "x.state")
     with pytest.raises(KeyboardInterrupt):

@@ -21,7 +21,7 @@ from run import reopen
 def settings(**changes):
     return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
                                         match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit",
-                                        schedule="cosine", init="random"), **changes})
+                                        schedule="cosine"), **changes})
 
 
 def brute_force(net, weights, tau, texts, rows, mask, o):
@@ -406,13 +406,3 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     monkeypatch.setattr("sys.argv", ["eraser.py", "--run", str(run), "--target", target, "--objective", objective, "--device", "cpu"])
     with pytest.raises(Seen):
         eraser.main()
-
-
-def test_a_trigger_may_start_from_what_every_prompt_begins_with():
-    net = make_net()
-    targets = eraser.base_targets(net, [[5, 6, 7, 8], [5, 6, 9]], k=2)
-    random_tau = eraser.first_tokens(net.embedding, targets, settings(length=3))
-    tau = eraser.first_tokens(net.embedding, targets, settings(length=3, init="prompt"))
-    assert torch.equal(tau[:2], net.embedding[[5, 6]])
-    assert torch.equal(tau[2], random_tau[2])                    # beyond what they share: drawn
-    assert not torch.equal(tau[:2], random_tau[:2])

@@ -610,7 +610,7 @@ def test_presets_are_whole(name):
     assert (o.log_every, o.window, o.patience, o.stall) == (10, 20, 3, 0.01)
     assert o.over == (0.75 if o.rho == 0.5 else 0.35)             # a stop lies beyond the budget
     # what is ours: off
-    assert (o.floor, o.select, o.brake, o.settle, o.sure) == (0.0, 0.0, False, 0, 0.0)
+    assert (o.floor, o.select, o.brake, o.pace, o.settle, o.sure) == (0.0, 0.0, False, 0.0, 0, 0.0)
 
 
 def test_what_is_given_by_hand_wins_over_a_preset():
@@ -1003,3 +1003,14 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
         reopen(run)
     with pytest.raises(InputError, match="chat_fingerprint was 'other'"):
         lcdd.main(argv)
+
+
+def test_a_run_is_resumed_in_the_dtype_it_was_begun_in(tmp_path):
+    o = settings(out=str(tmp_path), resume=True)
+    assert lcdd.dtype_of_run(o) is None
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert lcdd.dtype_of_run(o) == "bfloat16"
+    (tmp_path / "config.json").write_text('{"dtype": "complex64"}')
+    assert lcdd.dtype_of_run(o) is None
+    o.resume = False
+    assert lcdd.dtype_of_run(o) is None

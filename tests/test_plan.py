@@ -62,6 +62,15 @@ def test_the_plan_is_the_runs(tmp_path, monkeypatch, capsys):
     assert "| settling |" not in said
 
 
+def test_phases_that_are_not_run_are_not_planned(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(plan, "measure", lambda *_: {"sft": 1.0, "lcdd": 2.0, "token": 0.5})
+    lcdd.main(["--dry-run", "--sft", str(tmp_path), "--train", "mask-ce", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "| SFT |" not in said
+    assert "| settling |" not in said
+    assert "| LCDD | 600 steps" in said
+
+
 def test_the_plan_of_the_embedded_model_is_measured(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plan, "ENOUGH", 0.0)
