@@ -37,10 +37,11 @@ def settings(**changes):
 def brute_force(net, weights, tau, texts, rows, mask, o):
     """Eq. 6 spelled out: one prompt, one layer, one channel, one position at a time."""
     unit = net.embedding.norm(dim=1).mean() if not o.absolute else 1.0
-    base, answers = [], []
-    for p in texts:
-        longest = {"response": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
-        answer = net.generate([p], max_new_tokens=longest)[0] if longest else []
+    base, answers, both = [], [], o.positions == "both"
+    for i, p in enumerate(texts):
+        longest = {"response": o.k, "both": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
+        who = weights if both and i >= len(texts) // 2 else None
+        answer = net.generate([p], longest, carrier=who)[0] if longest else []
         full = torch.tensor([p + answer[:-1]])
         stream, logits = [], net(full)
         net.hidden(full, streams=stream)
@@ -98,11 +99,12 @@ LIKE_THE_PAPER = dict(positions="final", absolute=True, raw=True, k=2)
         {},
         {"raw": True},
         {"match": "mean"},
+        {"positions": "both"},
         {"positions": "prompt"},
         {"absolute": True, "match": "mean", "raw": True},
         LIKE_THE_PAPER,
     ],
-    ids=["default", "raw", "mean", "prompt positions", "the released code's", "the paper's"],
+    ids=["base's", "raw", "mean", "default", "prompt positions", "the released code's", "the paper's"],
 )
 def test_loss_and_gradient_against_brute_force(changes, monkeypatch):
     monkeypatch.setattr(eraser, "ANSWER", 6)
@@ -114,7 +116,9 @@ def test_loss_and_gradient_against_brute_force(changes, monkeypatch):
     weights, mask, texts, rows = (
         c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
     )
-    targets = eraser.base_targets(net, texts, o.k, o.positions, batch_size=3)
+    targets = eraser.base_targets(net, texts, o.k, o.positions, weights, batch_size=3)
+    if o.positions == "both":
+        texts, rows = texts + texts, [4, 0, len(texts) + 4, len(texts) + 2]
     unit = 1.0 if o.absolute else float(net.embedding.norm(dim=1).mean())
     variance = None if o.raw else targets.stream.var(1)
     tau = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
@@ -291,7 +295,7 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     tau, metadata = load_tensors(run / "trigger.safetensors")
     assert tau["trigger"].shape == (2, 128)
     assert metadata["objective"] == "circuit"
-    assert metadata["positions"] == "response"
+    assert metadata["positions"] == "both"
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
     results = read_json(run / "results.json")
