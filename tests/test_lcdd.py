@@ -544,7 +544,7 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
-    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--floor", "100",
+    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--floor", "100", "--sure", "0",
             "--n-test", "2", "--device", "cpu", "--go-on", "--resume"]
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
