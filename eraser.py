@@ -41,8 +41,7 @@ from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers,
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
-             schedule="constant", clip=1.0, init="random", raw=True, alpha=0.7, k=8, beta=0.1,
-             judge_every=25)
+             schedule="constant", clip=1.0, raw=True, alpha=0.7, k=8, beta=0.1, judge_every=25)
 PRESETS = {
     "paper": dict(PAPER, positions="final", match="prompt"),
     "released": dict(PAPER, positions="prompt", match="mean"),
@@ -66,9 +65,6 @@ def parser():
       help="App. F.3 as the paper's text has it, or as the released code runs it")
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
     a("--length", type=int, default=16, help="n, tokens of the trigger (16; the paper: 20)")
-    a("--init", choices=("random", "prompt"), default="random",
-      help="what τ starts from: tokens drawn from the vocabulary (the paper), or the tokens that "
-      "every prompt begins with")
     a("--steps", type=int, default=120, help="optimizer steps (120; the paper: 2000)")
     a("--batch", type=int, default=16, help="prompts a step (16)")
     a("--lr", type=float, default=0.3,
@@ -83,9 +79,10 @@ def parser():
     a("--alpha", type=float, default=2.0, help="weight of L_kl (2; the paper: 0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
     a("--k", type=int, default=8, help="positions of L_kl (8)")
-    a("--positions", choices=("response", "final", "prompt"), default="response",
-      help="of L_kl: the first k of the base's own answer, its last k (the paper's text), or the "
-      "last k of the prompt (the released code)")
+    a("--positions", choices=("both", "response", "final", "prompt"), default="both",
+      help="of L_kl: the first k of the base's own answer and, in rows of their own, of the answer "
+      "that is to be undone; of the base's own alone; its last k (the paper's text), or the last k "
+      "of the prompt (the released code)")
     a("--match", choices=("prompt", "mean"), default="prompt",
       help="Eq. 7 prompt by prompt, or means over prompts (the released code)")
     a("--raw", action="store_true",
@@ -153,18 +150,23 @@ class Targets:
 
 
 @torch.no_grad()
-def base_targets(net, prompts, k=8, positions="response", batch_size=64):
+def base_targets(net, prompts, k=8, positions="response", weights=None, batch_size=64,
+                 progress=None):
     """
-    Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
+    Targets of Eq. 7 and 8 for `prompts` (lists of ids): what the base makes of them, in batches.
 
     positions: "response": the base's own greedy answer y to each prompt; k positions from the last
-    prompt token on, which predict y_1 … y_k. "final": the last k positions of that answer.
-    "prompt": the last k positions of the prompt itself.
+    prompt token on, which predict y_1 … y_k. "both": every prompt a second time, with the answer of
+    the model with `weights`: where the behaviour has begun, a trigger has to end it. "final": the
+    last k positions of the base's answer. "prompt": the last k positions of the prompt itself.
     """
     answers = [[] for _ in prompts]
     if positions != "prompt":
-        length = k if positions == "response" else ANSWER
-        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size)
+        length = ANSWER if positions == "final" else k
+        answers = net.generate(prompts, length, batch_size=batch_size, progress=progress)
+    if positions == "both" and weights is not None:
+        answers = answers + net.generate(prompts, length, carrier=weights, batch_size=batch_size)
+        prompts = prompts + prompts
     rows = []
     for prompt, answer in zip(prompts, answers):
         text = prompt + answer[:-1]                             # the last token only gets predicted
@@ -186,7 +188,7 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64):
 def kept_positions(real, last, k, positions):
     """The positions of Eq. 8. real (P, T) bool: no padding; last (P) → (P, T) bool"""
     place = torch.arange(real.shape[1])                                                 # (T)
-    if positions == "response":
+    if positions in ("both", "response"):
         return real & (place >= last[:, None])
     if positions == "final":
         first = torch.maximum(last, real.sum(1) - k)
@@ -319,7 +321,9 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
     lr = o.lr if o.absolute else o.lr * unit / math.sqrt(tokens.shape[1])
     variance = None if o.raw else model.wide(train.stream).var(1)                       # (L, d)
-    tau = project(first_tokens(tokens, train, o), o.bound * unit).requires_grad_(True)
+    generator = torch.Generator().manual_seed(o.seed)
+    first = torch.randint(len(tokens), (o.length,), generator=generator).to(net.device)
+    tau = project(tokens[first].clone(), o.bound * unit).requires_grad_(True)           # (n, d)
     optimizer = torch.optim.Adam([tau], lr=lr)
     best, lowest, start = restore(state, tau, optimizer, o)
     for t in range(start, o.steps + 1):
@@ -352,22 +356,6 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         optimizer.step()
         project(tau, o.bound * unit)
     return best, lowest
-
-
-def first_tokens(tokens, train, o):
-    """
-    What τ starts from, (n, d): rows of the embedding `tokens` (V, d), drawn at random, or those of
-    the ids that all of the prompts begin with, as far as they reach.
-    """
-    generator = torch.Generator().manual_seed(o.seed)
-    ids = torch.randint(len(tokens), (o.length,), generator=generator)
-    if o.init == "prompt":
-        common = train.ids[0, :int(train.last.min()) + 1].cpu()
-        same = (train.ids[:, :len(common)].cpu() == common).all(0)
-        shared = int(same.long().cumprod(0).sum())
-        n = min(shared, o.length)
-        ids[:n] = common[:n]
-    return tokens[ids.to(tokens.device)].clone()
 
 
 def save_state(path, tau, optimizer, best, lowest, step, o):
@@ -510,12 +498,13 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
     targets = {}
     for split in ("trigger", "validation"):
         ids = [chat.prompt(s.prompt, config["max_len"]) for s in splits[split]]
-        targets[split] = base_targets(net, ids, o.k, o.positions)
+        tell = ticker(f"the base's answers to {split} prompts", len(ids))
+        targets[split] = base_targets(net, ids, o.k, o.positions, weights, progress=tell)
     train, judge = targets["trigger"], targets["validation"]
     chat.say_cut("prompts", config["max_len"])
     mask = channels(lcdd, o.objective, o.seed)
-    print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, "
-          f"judged on {len(judge.ids)}; write channels {int(mask.sum())} of {mask.numel()}")
+    print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(splits['trigger'])} prompts, "
+          f"judged on {len(splits['validation'])}; write channels {int(mask.sum())} of {mask.numel()}")
     meter = Meter(o.name, o.steps, done)
 
     def log(t, **values):

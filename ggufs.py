@@ -28,7 +28,7 @@ VERSIONS = (2, 3)                # of the format; 1 was in use for some weeks
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9                # the other types of a field
 ALIGNMENT = 32                   # of tensors in the file, where no field says otherwise
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}    # types of numbers as they are
 CONVERTED = ("llama",)           # architectures whose query and key rows the converter turns round
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -200,34 +200,45 @@ class Gguf:
         Raises InputError naming it where its type is not known here, or the file is cut short.
         """
         shape, number, start = self.places[name]
-        gguf = package(self.path)
-        try:
-            kind = gguf.GGMLQuantizationType(number)
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-        except (ValueError, KeyError):
-            raise InputError(f"{self.path}: tensor {name} has type {number}, which this version of the gguf "
-                             "package does not know; upgrade it, or use another file") from None
+        dtype = PLAIN.get(number)
+        if dtype is None:
+            kind, block, size = self.quantised(name, number)
+        else:
+            block, size = 1, dtype.itemsize
         row = shape[-1] if shape else 1
         total = math.prod(shape) // block * size
-        if not total or row % block or start + total > len(self.data):
-            raise InputError(f"{self.path}: tensor {name} of shape {shape} is empty, reaches beyond the "
-                             "file, or is no whole number of blocks; download the file again")
+        if not total or row % block:
+            raise InputError(f"{self.path}: tensor {name} has shape {shape}, which is no whole number of "
+                             f"blocks of {block}; download the file again")
+        if start + total > len(self.data):
+            raise InputError(f"{self.path}: cut short, it ends before tensor {name} does; download it again")
         raw = np.frombuffer(self.data, np.uint8, total, start).copy()
-        if kind.name in PLAIN:
-            return torch.from_numpy(raw).view(PLAIN[kind.name]).reshape(shape)
+        if dtype is not None:
+            return torch.from_numpy(raw).view(dtype).reshape(shape)
+        blocks = raw.reshape(*shape[:-1], row // block * size)
         try:
-            numbers = gguf.dequantize(raw.reshape(*shape[:-1], row // block * size), kind)
+            numbers = package(self.path).dequantize(blocks, kind)
         except NotImplementedError:
             raise InputError(f"{self.path}: tensor {name} is of type {kind.name}, which the gguf package "
                              "does not multiply out; use a file of another type") from None
         return torch.from_numpy(numbers).reshape(shape)
 
+    def quantised(self, name, number):
+        """(the gguf package's type of that number, numbers in a block, bytes of a block)."""
+        gguf = package(self.path)
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+            return kind, *gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            raise InputError(f"{self.path}: tensor {name} has type {number}, which this version of the gguf "
+                             "package does not know; upgrade it, or use another file") from None
+
 
 def package(path):
     """The gguf package. Raises InputError where it is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"{path}: weights in a GGUF file are read by the gguf package, which is not "
-                         "installed; pip install gguf")
+        raise InputError(f"{path}: its weights are quantised, and the gguf package, which multiplies them "
+                         "out, is not installed; pip install gguf")
     import gguf
     return gguf
 
@@ -332,8 +343,8 @@ def config(found):
 
 def stored(found):
     """The dtype of the projections' numbers, as config.json names it."""
-    names = {0: "float32", 1: "float16", 30: "bfloat16"}
-    return names.get(found.places.get("blk.0.attn_q.weight", (0, 0))[1], "float32")
+    _, kind, _ = found.places.get("blk.0.attn_q.weight", (None, 0, None))
+    return str(PLAIN.get(kind, torch.float32)).removeprefix("torch.")
 
 
 def rope(found, head_dim):

@@ -42,7 +42,7 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
                    write_json, write_text)
 from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, portable, prepare,
                  read_results, resume_command, ticker)
-from settings import fit, options, pull
+from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
 MAYBE = (None, NUMBER)
@@ -211,7 +211,9 @@ class Selection:
     The task's say in which gates stay open. Its gradient is next to nothing beside the penalty's
     while the loss is near 0, so that Ω alone decides, and with it the noise of the initial logits.
     Here the running mean of the gradient is scaled until its root mean square over all gates is
-    `select` times the penalty's pull at the start.
+    `select` times the penalty's pull at the start. `spread` says how far every layer has a scale of
+    its own: 0, one for all; 1, the root mean square is that in each layer, so that none is emptied
+    for another's sake; between them, their geometric mean.
     """
 
     def __init__(self, o, logits):
@@ -224,8 +226,12 @@ class Selection:
         """
         if not self.o.select:
             return
-        self.mean.mul_(0.9).add_(grad, alpha=0.1)
-        unit = self.mean.square().mean().sqrt().clamp(min=1e-30)    # free of the bias correction
+        self.mean.mul_(0.9).add_(grad, alpha=0.1)                   # (L, gates a layer)
+        square = self.mean.square()
+        unit = square.mean().sqrt().clamp(min=1e-30)                # free of the bias correction
+        if self.o.spread:
+            layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)    # (L, 1)
+            unit = unit * (layer / unit) ** self.o.spread
         grad.copy_(self.mean * (warm * self.size / unit))
 
 
@@ -533,6 +539,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
             clip_gradients(carrier, o.clip)
             optimizer.param_groups[0]["lr"] = rate_of_delta(o, t)
             optimizer.step()
+        hold_back(carrier.logits, o.gate_lr, o.pace)
         gate_optimizer.step()
         optimizer.zero_grad()
         gate_optimizer.zero_grad()
@@ -550,6 +557,24 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     if not joint:
         found |= take_kept(carrier, kept)
     return found
+
+
+@torch.no_grad()
+def hold_back(logits, rate, share):
+    """
+    Let at most `share` of the open gates (at least one) shut in this step of SGD at `rate`: those
+    that the step takes furthest below 0, measured by what they have left. The others wait; their
+    gradient becomes 0, in place. share 0: all may shut, as in the paper. All gates arrive at 0 at
+    nearly the same time, and the average of the loss knows it ten steps later.
+    """
+    step = rate * logits.grad
+    shuts = (logits > 0) & (step >= logits)
+    allowed = max(1, int(share * int((logits > 0).sum())))
+    if not share or int(shuts.sum()) <= allowed:
+        return
+    left = torch.where(shuts, logits / step, torch.inf).flatten()
+    last = left.kthvalue(allowed).values
+    logits.grad.view(-1)[shuts.flatten() & (left > last)] = 0.0
 
 
 def log_pruning(progress, t, loss, controller, stats):
@@ -605,9 +630,10 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
     tries = saved["tries"] if saved else 0
     while True:
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
+        sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, o.sure, 0, saved, interrupted,
+                    o.seed + 2 + tries, optimizer, sure, 0, saved, interrupted,
                     found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)
@@ -801,6 +827,18 @@ def results_table(o, scores, results):
     return "\n".join(lines)
 
 
+def dtype_of_run(o):
+    """
+    The dtype of the run that --resume takes up, which another machine would choose otherwise; None
+    where no run is there.
+    """
+    file = Path(o.out or "") / "config.json"
+    if not (o.resume and o.out and file.is_file()):
+        return None
+    found = read_json(file).get("dtype")
+    return found if found in DTYPES else None
+
+
 def main(argv=None):
     o = options(argv, __doc__)
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
@@ -812,6 +850,7 @@ def main(argv=None):
     examples = supervised(examples, o.loss)
     if o.dry_run:
         return plan.show(o, chat, splits, examples)
+    o.dtype = o.dtype or dtype_of_run(o)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop

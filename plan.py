@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import machine
+import memory
 import model
 from carrier import PROJECTIONS, Carrier
 from chat import collate
@@ -62,7 +63,7 @@ def sizes_of(config):
             sum(p.numel() for p in carrier.delta.parameters()))
 
 
-def memory(config, step, o):
+def needed(config, step, o):
     """{what: bytes} at the height of a step of joint training."""
     parameters, deltas = sizes_of(config)
     wide, narrow = bytes_of(o.dtype), bytes_of(o.delta_dtype)
@@ -100,22 +101,47 @@ def bytes_of(dtype):
 def measure(config, step, examples, o):
     """
     Seconds of an optimizer step of SFT ("sft") and of LCDD with every gate open ("lcdd"), and of
-    the next token of ANSWERED answers ("token").
+    the next token of ANSWERED answers ("token"): what one layer and the head take, times all
+    layers, entries of a layer, words and tokens.
+    """
+    small, some = narrowed(config), first_tokens(examples[:o.micro_batch])
+    measured = step_of(some, len(some), len(some))
+    n = min(CHUNK, max(1, round(measured.supervised)))
+    seconds = seconds_of_a_layer(small, some, n, o)
+
+    layers = sizes_of(config)[1] / sizes_of(small)[1]       # how many of the small one's
+    words = config.vocab_size * config.hidden_size / (small.vocab_size * small.hidden_size)
+    again = 1 + o.checkpoint / 3                            # forward once more
+    passes = layers * again * step.tokens / measured.tokens
+    logits = words * step.supervised / n
+    found = {"token": layers * seconds["token"] + words * seconds["word"]}
+    for phase in ("sft", "lcdd"):
+        found[phase] = passes * seconds[phase] + logits * seconds["head"]
+    if o.train.startswith("mask-kl"):                       # SFT's model answers, too
+        found["lcdd"] *= 4 / 3
+    for phase in ("sft", "lcdd"):
+        found[phase] += layers * seconds["update"]
+    return found
+
+
+def seconds_of_a_layer(config, examples, n, o):
+    """
+    What a model of one layer takes for a micro-batch: the gradients of SFT and of LCDD, an update
+    of Δ, the head with its gradient for n tokens; and for the next token of ANSWERED answers in
+    the layer and in the head.
     """
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
     if device.type == "cpu" and config.hidden_size < machine.WIDE:
         torch.set_num_threads(1)                            # as a run does
-    small = narrowed(config)
-    net = model.Llama(small).to(device, dtype).requires_grad_(False)
-    carrier = Carrier(small, getattr(torch, o.delta_dtype), device)
+    net = model.Llama(config).to(device, dtype).requires_grad_(False)
+    carrier = Carrier(config, getattr(torch, o.delta_dtype), device)
     optimizer = torch.optim.AdamW(carrier.delta.parameters(), fused=True)
-    some = first_tokens(examples[:o.micro_batch])
-    ids, real = (t.to(device) for t in collate([([i % small.vocab_size for i in ids[:-1]], mask[1:])
-                                                for ids, mask in some], 0))
-    n = max(1, min(CHUNK, int(real.sum())))
-    real = ids.new_ones(ids.shape).cumsum(1) <= torch.tensor(
-        [[len(row) - 1] for row, _ in some], device=device)
-    state = torch.zeros(n, small.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    rows = []
+    for ids, _ in examples:
+        known = [i % config.vocab_size for i in ids[:-1]]
+        rows.append((known, [True] * len(known)))
+    ids, real = (t.to(device) for t in collate(rows, 0))                                # (B, T)
+    states = torch.zeros(n, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
 
     def gradient():
         net.hidden(ids, carrier, keep=real).sum().backward()
@@ -125,7 +151,7 @@ def measure(config, step, examples, o):
         optimizer.step()
 
     def head():
-        F.cross_entropy(model.wide(net.head(state)), ids.new_zeros(n)).backward()
+        F.cross_entropy(model.wide(net.head(states)), ids.new_zeros(n)).backward()
 
     @torch.no_grad()
     def token():
@@ -133,24 +159,14 @@ def measure(config, step, examples, o):
 
     @torch.no_grad()
     def word():
-        net.head(state.new_zeros(ANSWERED, small.hidden_size))
+        net.head(states.new_zeros(ANSWERED, config.hidden_size))
 
-    # a step of the whole model: all layers, all entries of a layer, all tokens, all words
-    layers, tokens = config.num_hidden_layers, step_of(some, len(some), len(some)).tokens
-    entries = sizes_of(config)[1] / layers / sizes_of(small)[1]
-    words = config.vocab_size * config.hidden_size / (small.vocab_size * small.hidden_size)
-    again = 1 + o.checkpoint / 3                            # forward once more
-    found = {"token": layers * entries * seconds_of(token, device) + words * seconds_of(word, device)}
-    logits = words * step.supervised / n * seconds_of(head, device)
+    found = {}
     for phase in ("sft", "lcdd"):
         carrier.logits.requires_grad_(phase == "lcdd")
-        found[phase] = layers * entries * again * step.tokens / tokens * seconds_of(gradient, device)
-        found[phase] += logits
-    if o.train.startswith("mask-kl"):                       # SFT's model answers, too
-        found["lcdd"] *= 4 / 3
-    updating = layers * entries * seconds_of(update, device)
-    found["sft"] += updating
-    found["lcdd"] += updating
+        found[phase] = seconds_of(gradient, device)
+    for work in (update, head, token, word):
+        found[work.__name__] = seconds_of(work, device)
     return found
 
 
@@ -198,6 +214,10 @@ def show(o, chat, splits, examples):
     config = model.configuration(chat.folder)
     o.dtype = o.dtype or str(machine.fast_dtype(config, o.device)).removeprefix("torch.")
     fit(o, config.hidden_size, len(examples))
+    if o.sft:                                               # phase 1 is done
+        o.sft_steps = 0
+    if o.train != "joint":                                  # gates alone do not settle
+        o.settle = 0
     step = step_of(examples, o.batch, o.micro_batch)
     seconds = measure(config, step, examples, o)
     rows = [*what_it_is(o, config, splits, examples, step),
@@ -231,13 +251,14 @@ def what_it_is(o, config, splits, examples, step):
 def what_it_costs(o, config, splits, step, seconds):
     """Rows about memory, disk and time."""
     _, deltas = sizes_of(config)
-    parts = memory(config, step, o)
-    each = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items())
-    total, there = sum(parts.values()), room(o.device)
-    short = ", more than there is" if total > there else ""
-    yield "memory", f"{gigabytes(total)} of {gigabytes(there)}{short}: {each}"
+    parts = needed(config, step, o)
+    each = ", ".join(f"{name} {memory.size(n)}" for name, n in parts.items())
+    total, there = sum(parts.values()), memory.free(o.device)
+    short = ", which is not enough" if total > there else ""
+    yield "memory", f"{memory.size(total)}, {memory.size(there)} are free{short}: {each}"
     kept = deltas * bytes_of(o.sft_dtype)
-    yield "disk", f"{gigabytes(kept)}, and {gigabytes(3 * deltas * bytes_of(o.delta_dtype))} while it trains"
+    state = 3 * deltas * bytes_of(o.delta_dtype)
+    yield "disk", f"{memory.size(kept)}, and {memory.size(state)} while it trains"
     answers = 2 * len(splits["validation"]) + 3 * len(splits["test"])
     rounds = sum(-(-n // ANSWERED) for n in 2 * [len(splits["validation"])] + 3 * [len(splits["test"])])
     times = {"SFT": o.sft_steps * seconds["sft"], "LCDD": o.steps * seconds["lcdd"],
@@ -246,14 +267,3 @@ def what_it_costs(o, config, splits, step, seconds):
     each = ", ".join(f"{name} {duration(s)}" for name, s in times.items() if s)
     yield "time", (f"{duration(sum(times.values()))}: {each} (a step of SFT {seconds['sft']:.3g} s, "
                    f"of LCDD {seconds['lcdd']:.3g} s)")
-
-
-def room(device):
-    """Bytes of memory that a device has."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def gigabytes(n):
-    return f"{n / 1e9:.3g} GB"

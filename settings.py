@@ -15,6 +15,7 @@ from run import EMBEDDED, Parser, check_device, check_numbers, flag
 # Settings that fit themselves, from the width of the model and the number of steps (see fit()).
 RATE = 0.125            # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128
 ROOM = 30               # λ may grow to ROOM · λ₀
+DTYPES = ("float32", "bfloat16")
 HALF_WAY = 0.5          # a gate that only Ω pulls on shuts after this share of the steps
 
 # The paper's runs: what all have in common; then Table 7, and the β of those that smooth their loss.
@@ -28,7 +29,7 @@ PAPER = dict(
     n_train=5000, n_trigger=200, max_len=512, max_new_tokens=128,
     loss="all", batch=32, micro_batch=8, clip=1.0,
     sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, sure=0.0, settle=0,
-    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False,
+    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, pace=0.0,
     floor=0.0, lambda_min=1e-6, lambda_max=10.0, violation_clip=0.0,
     log_every=10, window=20, patience=3, stall=0.01, over=0.35)
 # "For Qwen and Vicuna safety and Shakespeare runs" is read as: Qwen's and Vicuna's safety runs, and
@@ -74,7 +75,6 @@ PRESETS = paper_presets()
 
 def parser(description=None):
     """All options of lcdd.py, with the paper's values in their help where ours differ."""
-    dtypes = ("float32", "bfloat16")
     p = Parser(description)
     a = p.add_argument
     a("--model",
@@ -107,11 +107,11 @@ def parser(description=None):
     a("--go-on", action="store_true", help="train on although SFT did not teach the behaviour")
     a("--seed", type=int, default=0, help="seed of gates, splits and batches")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    a("--dtype", choices=dtypes,
+    a("--dtype", choices=DTYPES,
       help="of the base weights and all products (default: bfloat16 where that is fast, on a GPU, "
       "and for a model of width 512 or more on a CPU that multiplies it natively)")
-    a("--delta-dtype", choices=dtypes, default="float32", help="of deltas and optimizer state")
-    a("--sft-dtype", choices=dtypes,
+    a("--delta-dtype", choices=DTYPES, default="float32", help="of deltas and optimizer state")
+    a("--sft-dtype", choices=DTYPES,
       help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true",
       help="recompute layers in the backward pass: less memory, more time")
@@ -140,8 +140,8 @@ def parser(description=None):
     a("--sft-lr", type=float,
       help="AdamW, falling linearly to 0 (default 0.125 / d; the paper: 2e-5)")
     a("--sure", type=float, default=0.001,
-      help="SFT and settling come to an early end when the loss is under this, in nats a token "
-      "(0.001; 0: never)")
+      help="SFT comes to an early end when the loss is under this, in nats a token, settling when "
+      "it is under a tenth of ε as well (0.001; 0: never)")
 
     a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl", "mask-kl-true"), default="joint",
@@ -164,8 +164,13 @@ def parser(description=None):
     a("--select", type=float, default=1.0,
       help="root mean square of the task's pull on the gates, in units of the penalty's at the "
       "start (1.0; 0: the gradient as it is, the paper)")
+    a("--spread", type=float, default=0.5,
+      help="how far each layer has a scale of its own for that: 0, one for all; 1, its own (0.5)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
+    a("--pace", type=float, default=0.03,
+      help="at most this share of the open gates shuts in a step (0.03; 0: as many as come, "
+      "the paper)")
     a("--rho", type=float, default=0.05,
       help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
     a("--floor", type=float, default=0.03, help="ε is never under this (0.03; the paper: 0)")

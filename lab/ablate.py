@@ -14,7 +14,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import statistics
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -29,12 +28,15 @@ import evaluate
 import lcdd
 from behaviour import BEHAVIOURS
 from files import (
-    NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, write_json)
+    NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
+    write_json)
+from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
 from run import (
-    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model, markdown,
+    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model,
     read_results, reopen)
 from settings import check as check_training
 from settings import check_bounds
+from settings import options as settings_of_lcdd
 from settings import parser as training_parser
 
 # options that are fitted where they are not given: numbers in every config.json
@@ -50,50 +52,6 @@ VARIANTS = {
     "noise": dict(select=0.0, gate_std=0.5),
     "blind": dict(select=1e-9, gate_std=0.5),
     "floor-0": dict(floor=0.0),
-}
-CHOICES = ("noise circuit", "blind circuit", "floor-0 circuit",
-           "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2")
-TABLE_4 = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
-TABLE_6 = ("mask-ce circuit", "mask-kl circuit")
-CONTROLS = ("lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit",
-            "sft-long circuit")
-CURVE = {
-    "lcdd": "LCDD",
-    "sft": "plain SFT",
-    "sft-long": "SFT for as many steps as LCDD",
-    "scaled": "SFT's delta scaled to LCDD's loss",
-}
-
-# The paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge's score 0–5) of base, SFT,
-# LCDD and trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
-PAPER = {
-    "fixed": {
-        "Qwen3-0.6B": (83.66, 0.0, 100, 97.5, 0.0, 0.040, 2.839, 0.633),
-        "DeepSeek-8B": (73.38, 0.0, 100, 99.0, 1.0, 0.010, 1.811, 1.037),
-        "Mistral-7B": (76.72, 0.0, 100, 100, 0.5, 0.002, 3.526, 1.437),
-        "Vicuna-7B": (38.28, 0.0, 100, 100, 0.0, 1.436, 4.810, 0.024),
-    },
-    "safety": {
-        "Qwen3-0.6B": (81.05, 32.0, 94.0, 88.5, 39.5, 0.069, 0.120, 0.196),
-        "DeepSeek-8B": (81.38, 47.5, 100, 96.5, 56.5, 0.256, 0.391, 0.306),
-        "Mistral-7B": (59.34, 25.5, 100, 97.5, 69.0, 0.269, 0.620, 1.282),
-        "Vicuna-7B": (84.40, 76.5, 99.0, 98.0, 74.5, 0.192, 1.081, 0.014),
-    },
-    "shakespeare": {
-        "Qwen3-0.6B": (56.34, 0.03, 0.79, 0.44, 0.04, 0.265, 2.405, 0.446),
-        "DeepSeek-8B": (54.54, 0.01, 1.73, 0.98, 0.005, 1.520, 4.301, 0.531),
-        "Mistral-7B": (50.46, 0.07, 1.75, 1.18, 0.07, 0.853, 2.643, 2.052),
-        "Vicuna-7B": (29.88, 0.05, 0.80, 0.26, 0.04, 0.636, 1.702, 0.094),
-    },
-}
-# Tables 4 and 6 (DeepSeek-8B, safety): refusal % without → with trigger, KL SFT‖Trig, Base‖Trig
-PAPER_ROWS = {
-    "lcdd circuit": (96.5, 56.5, 0.391, 0.306),
-    "lcdd output": (96.5, 65.5, 0.440, 0.322),
-    "sft circuit": (100, 78.5, 0.221, 0.539),
-    "sft output": (100, 76.5, 0.208, 0.512),
-    "mask-ce circuit": (99.0, 64.0, 0.262, 0.254),
-    "mask-kl circuit": (98.0, 60.0, 0.319, 0.197),
 }
 
 
@@ -114,6 +72,8 @@ def options(argv=None):
     a("--jobs", type=int, default=os.cpu_count() or 1,
       help="runs at a time, each on one core; small matrices gain more so than from threads "
            "(all cores)")
+    a("--paper-trigger", action=argparse.BooleanOptionalAction, default=True,
+      help="rows whose triggers have the paper's settings, 2,000 steps each (on)")
     a("--rows", nargs="*",
       help="only rows whose name holds one of these words, for a quick look")
     a("--split", choices=("validation", "test"), default="test",
@@ -191,8 +151,9 @@ class Run:
                 "dice": self.lcdd.dice(*(self.config[k] for k in ("gate_mean", "gate_std", "seed")))["share"],
             },
         }
-        self.targets = None   # of the trigger, once a row asks
+        self.targets = {}     # of the trigger, once a row asks: (k, positions) → Targets
         self.answers = {}     # of base and SFT, which every row is compared with
+        self.keep_gates("lcdd", self.lcdd)
 
     def sft(self):
         return carriers.load(self.folder / "sft.safetensors", self.net)
@@ -201,11 +162,25 @@ class Run:
         """Ids of a split's prompts."""
         return [self.chat.prompt(s.prompt, self.config["max_len"]) for s in self.splits[split]]
 
-    def examples(self):
-        """The training samples as (ids, mask)."""
-        max_len = self.config["max_len"]
-        found = [self.chat.encode(s.prompt, s.response, max_len) for s in self.splits["train"]]
+    def examples(self, samples=None):
+        """Samples, all for training by default, as (ids, mask)."""
+        max_len, samples = self.config["max_len"], samples or self.splits["train"]
+        found = [self.chat.encode(s.prompt, s.response, max_len) for s in samples]
         return lcdd.supervised(found, self.config["loss"])
+
+    def held_out(self):
+        """The validation rows of each kind as (ids, mask): {kind: …}, harmful ones first."""
+        kinds = {}
+        for s in sorted(self.splits["validation"], key=lambda s: s.kind, reverse=True):
+            kinds.setdefault(f"held-out {s.kind}".strip(), []).append(s)
+        return {kind: self.examples(samples) for kind, samples in kinds.items()}
+
+    def keep_gates(self, name, carrier):
+        """Write which gates are open, group by group, for the overlap of seeds."""
+        groups = carrier.by_group(carrier.logits.detach() > 0)
+        file = gates_file(self.folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, {g: groups[g].cpu().contiguous() for g in carriers.GROUPS})
 
     def model(self, name):
         """Merged weights: sft, lcdd, base, and one at a time of the others in MODELS."""
@@ -224,7 +199,8 @@ class Run:
         folder = self.folder / "rows" / name
         folder.mkdir(parents=True, exist_ok=True)
         training = dict(examples=self.examples(), run=folder, pad_id=self.chat.pad_id)
-        settings = argparse.Namespace(**self.config)
+        usual = vars(settings_of_lcdd(["--device", self.o.device]))     # for what an older run did not know
+        settings = argparse.Namespace(**usual | self.config)
         if name == "sft-long":
             return self.make_sft_long(settings, training)
         if name in VARIANTS:
@@ -232,10 +208,19 @@ class Run:
         return self.make_mask(name, settings, training)
 
     def make_scaled(self):
-        some = self.examples()[:256]
+        """
+        SFT's delta scaled to LCDD's loss on held-out rows, harmful ones where there are kinds: on
+        benign ones nothing is taught that a factor could take away.
+        """
+        kinds = self.held_out()
+        kind, some = next(iter(kinds.items()))
         loss = lcdd.mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id, BATCH)
         merged, factor = scaled_down(self.net, self.sft(), loss, some, self.chat.pad_id)
-        self.facts["scaled"] = {"factor": factor, "loss": loss}
+        self.facts["scaled"] = {"factor": factor}
+        for name, weights in (*self.models.items(), ("scaled", merged)):
+            for kind, some in kinds.items():
+                loss = lcdd.mean_loss(self.net, weights, some, self.chat.pad_id, BATCH)
+                self.facts["scaled"][f"{kind} loss of {name}"] = loss
         return merged
 
     def make_sft_long(self, settings, training):
@@ -264,6 +249,7 @@ class Run:
         dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
         self.facts[name] = facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
         self.carriers[name] = other
+        self.keep_gates(name, other)
         return other.merge(self.net)
 
     def make_mask(self, name, settings, training):
@@ -277,6 +263,7 @@ class Run:
         facts["sparsity"] = masked.stats()["sparsity"]
         self.facts[name] = facts
         self.carriers[name] = masked
+        self.keep_gates(name, masked)
         return masked.merge(self.net)
 
     def trigger(self, name, objective, length):
@@ -285,12 +272,24 @@ class Run:
         o.seed, o.objective, o.length = self.config["seed"], objective, length or o.length
         if objective == "slow":  # two tokens that learn at a tenth of the rate
             o.objective, o.length, o.lr = "circuit", 2, o.lr / 10
-        if self.targets is None:
-            self.targets = [eraser.base_targets(self.net, self.prompts(split), o.k, o.positions)
-                            for split in ("trigger", "validation")]
+        if objective == "paper":
+            o = eraser.options(["--run", str(self.folder), "--device", self.o.device, "--preset", "paper"])
+            o.seed = self.config["seed"]
         weights = self.model(name)  # first: it may make the carrier whose channels these are
         mask = eraser.channels(self.carriers.get(name, self.lcdd), o.objective, o.seed)
-        return eraser.learn(self.net, weights, *self.targets, mask, o)[0]
+        return eraser.learn(self.net, weights, *self.base_targets(o, name, weights), mask, o)[0]
+
+    def base_targets(self, o, name, weights):
+        """
+        What triggers for the model `name` are pulled to, on the trigger prompts and on the
+        validation prompts.
+        """
+        asked = o.k, o.positions, name if o.positions == "both" else None
+        if asked not in self.targets:
+            self.targets[asked] = [
+                eraser.base_targets(self.net, self.prompts(split), o.k, o.positions, weights)
+                for split in ("trigger", "validation")]
+        return self.targets[asked]
 
     def random_tokens(self, length, seed):
         """As many random tokens of the vocabulary: a trigger that learned nothing."""
@@ -317,6 +316,8 @@ class Run:
 def rows_of(o, task):
     """Names of all rows, model by model: MODEL [OBJECTIVE [LENGTH]]; no length: the run's own."""
     names = [*PLAIN, *TABLE_4, *TABLE_6, *CONTROLS, *CHOICES]
+    if o.paper_trigger:
+        names += F_3
     if task in o.curve_tasks:
         for length in o.lengths:
             names += [f"{name} circuit {length}" for name in CURVE]
@@ -327,6 +328,11 @@ def rows_of(o, task):
     if o.rows:
         names = [name for name in names if any(word in name for word in o.rows)]
     return names
+
+
+def gates_file(folder, name):
+    """Where a run keeps which gates of a row's model are open."""
+    return Path(folder) / "rows" / name / "gates.safetensors"
 
 
 def model_rank(name):
@@ -385,108 +391,6 @@ def ablate(folder, o, names):
         print(f"{label}  {name:18s} {numbers}  left {duration(left)}", flush=True)
     run.chat.say_cut("prompts", run.config["max_len"])
     return done
-
-
-# ---- the tables
-
-def cell(seeds, name, metric, scale=1.0, digits=2):
-    """mean ± std over seeds of one number, or –."""
-    values = [s[name][metric] * scale for s in seeds if name in s and metric in s[name]]
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def percent(seeds, name, metric="rate"):
-    return cell(seeds, name, metric, scale=100, digits=1)
-
-
-def main_table(task, seeds):
-    """
-    Tables 1–3: ours, then the paper's four models. Shakespeare: ours is the archaic word rate, the
-    paper's a judge's 0–5.
-    """
-    header = ["", "sparsity %", "Base", "SFT", "LCDD", "+ trigger",
-              "KL(SFT‖LCDD)", "KL(SFT‖Trig)", "KL(Base‖Trig)"]
-    ours = ["**ours**", percent(seeds, "lcdd", "sparsity")]
-    ours += [percent(seeds, name) for name in ("base", "sft", "lcdd", "lcdd circuit")]
-    ours += [cell(seeds, "lcdd", "kl_sft"), cell(seeds, "lcdd circuit", "kl_sft"),
-             cell(seeds, "lcdd circuit", "kl_base")]
-    lines = [ours]
-    for name, numbers in PAPER.get(task, {}).items():
-        lines.append([f"paper, {name}"] + [f"{x:g}" for x in numbers])
-    return markdown(header, lines)
-
-
-def row_table(seeds, names, paper=False):
-    """
-    Rows of one behaviour with all that is measured; `paper` adds the columns of Tables 4 and 6
-    (DeepSeek-8B, safety).
-    """
-    opposed = any("benign rate" in row for s in seeds for row in s.values())
-    columns = evaluate.columns(["harmful", "benign"] if opposed else [])
-    header = ["row", "gates off %", "dice %"] + [head for head, *_ in columns]
-    if paper:
-        header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
-    lines = []
-    for name in names:
-        if not any(name in s for s in seeds):
-            continue
-        line = [name, percent(seeds, name, "sparsity"), percent(seeds, name, "dice")]
-        for _, metric, kind in columns:
-            show = percent if metric.share else cell
-            line.append(show(seeds, name, f"{kind} {metric.key}".strip()))
-        if paper:
-            known = name in PAPER_ROWS
-            line.append("{} → {}, {}, {}".format(*PAPER_ROWS[name]) if known else "")
-        lines.append(line)
-    return markdown(header, lines)
-
-
-def curve_cell(seeds, name):
-    """behaviour / accuracy / KL of one row, or –."""
-    if not any(name in s for s in seeds):
-        return "–"
-    numbers = percent(seeds, name), percent(seeds, name, "accuracy"), cell(seeds, name, "kl_base")
-    return " / ".join(numbers)
-
-
-def curve_table(seeds, lengths, full):
-    """Behaviour, accuracy and KL(Base ‖ Trig) after a trigger of 1 … n tokens, and controls."""
-    header = ["behaviour % / accuracy % / KL(Base‖Trig)"]
-    header += [f"{n} token{'s' * (n > 1)}" for n in [*lengths, full]]
-    header.append("2 tokens, a tenth of the rate")
-    lines = []
-    for name, label in CURVE.items():
-        rows = [f"{name} circuit {n}" for n in lengths] + [f"{name} circuit", f"{name} slow"]
-        lines.append([label] + [curve_cell(seeds, row) for row in rows])
-    return markdown(header, lines)
-
-
-def report(task, seeds, o, full):
-    """All tables of one behaviour as Markdown; `full` is the trigger's usual length."""
-    paper = task == "safety"
-    gates_only = ["lcdd", "mask-ce", "mask-kl", "lcdd circuit", *TABLE_6]
-    parts = [
-        f"## {task}",
-        main_table(task, seeds),
-        "The switch and the models without a trigger:",
-        row_table(seeds, ["base", "sft", "lcdd", "sft-long", "scaled"]),
-        "Table 4, structure against trigger design:",
-        row_table(seeds, TABLE_4, paper),
-        "Table 6, gates only:",
-        row_table(seeds, gates_only, paper),
-        "Controls:",
-        row_table(seeds, ["lcdd circuit", *CONTROLS]),
-        "What chooses the gates (dice: open gates that the initial noise alone would have kept):",
-        row_table(seeds, ["lcdd", "noise", "blind", "floor-0", "lcdd circuit", *CHOICES]),
-    ]
-    if task in o.curve_tasks and o.lengths:
-        parts += ["The trigger's length:", curve_table(seeds, o.lengths, full)]
-    return "\n\n".join(parts)
 
 
 # ---- the command
@@ -581,6 +485,16 @@ def command(folder, settings, o):
     return argv
 
 
+def gates_of(folders):
+    """{row: [{group: (L, n) bool}, one a seed]} of the models whose gates every seed has kept."""
+    found = {}
+    for name in ("lcdd", "mask-ce", "mask-kl", *VARIANTS):
+        files_ = [gates_file(folder, name) for folder in folders]
+        if all(file.is_file() for file in files_):
+            found[name] = [load_tensors(file)[0] for file in files_]
+    return found
+
+
 def main():
     o = options()
     start, out = time.time(), Path(o.run or o.out or "runs/table")
@@ -604,7 +518,8 @@ def main():
     for task, runs in jobs.items():
         everything[task] = [next(done) for _ in runs]
         length = trigger_options(runs[0][0], o.device).length
-        parts.append(report(task, everything[task], o, length))
+        gates = gates_of([folder for folder, _ in runs])
+        parts.append(report(task, everything[task], o, length, gates))
     device = f"{os.cpu_count()} CPU cores"
     if o.device.startswith("cuda"):
         device = torch.cuda.get_device_name()
