@@ -184,7 +184,7 @@ def check_text(name, text):
     if not text.strip():
         raise InputError(f"{flag(name)} is empty; leave it out or give it a value")
     if NO_TEXT.search(text):
-        raise InputError(f"{flag(name)} {text}: not UTF-8 text; give it another name")
+        raise InputError(f"{flag(name)} {text} is not UTF-8 text; write it in UTF-8")
 
 
 def fields_of(parser, complete=False):

@@ -12,6 +12,7 @@ The lowest floor: nothing of ours is imported here, and no torch, in the child a
 import contextlib
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -111,6 +112,15 @@ class Child:
 
 
 CHILD = Child()
+
+
+def forget():
+    """In a process that was forked off: the child is its parent's, and so are its answers."""
+    global CHILD
+    CHILD = Child()
+
+
+os.register_at_fork(after_in_child=forget)
 
 
 # ---- the child's side

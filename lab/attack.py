@@ -101,7 +101,8 @@ def describe(world):
 def rows(world):
     folder = str(world / "run")
     found = ablate.work(folder, None, ablate_options(folder), ["base", "lcdd"])
-    ablate.report("fixed", [found], ablate_options(folder), 2)
+    gates = ablate.gates_of([folder])
+    ablate.report("fixed", [found], ablate_options(folder), 2, gates)
 
 
 def hellaswag(world):

@@ -26,6 +26,7 @@ import eraser
 import evaluate
 import files
 import lcdd
+import memory
 import model
 import settings
 from files import read_json, write_json
@@ -146,6 +147,7 @@ carrier_open = files.safe_open
 @pytest.fixture
 def elsewhere(monkeypatch):
     monkeypatch.setattr(files, "safe_open", Reader)
+    monkeypatch.setattr(memory, "free", lambda device="cpu": 1 << 40)
     for command in (settings, eraser, evaluate, ablate, bench):
         monkeypatch.setattr(command, "check_device", lambda name: None)
     with Elsewhere():

@@ -585,9 +585,11 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
         assert torch.equal(mask, eraser.channels(lcdd, objective, 0))
         assert net.stop == chat.stop
         for targets, split in ((train, "trigger"), (judge, "validation")):
-            assert [row[: i + 1].tolist() for row, i in zip(targets.ids, targets.last)] == [
-                chat.prompt(s.prompt, 64) for s in splits[split]
-            ]
+            asked = [chat.prompt(s.prompt, 64) for s in splits[split]]
+            # the base's answers, and where there is a behaviour to be undone those of the model
+            asked = asked if target == "base" else asked + asked
+            got = [row[: i + 1].tolist() for row, i in zip(targets.ids, targets.last)]
+            assert got == asked
         raise Seen
     monkeypatch.setattr(eraser, "learn", spy)
     monkeypatch.setattr(

@@ -739,9 +739,8 @@ def test_what_a_rows_trigger_is_learned_on(run, monkeypatch):
         assert weights is r.models[name]
         assert torch.equal(mask, r.lcdd.write_channels())
         assert not mask.all()
-        assert [row[: i + 1].tolist() for row, i in zip(judge.ids, judge.last)] == [
-            r.chat.prompt(s.prompt, 64) for s in r.splits["validation"]
-        ]
+        asked = [r.chat.prompt(s.prompt, 64) for s in r.splits["validation"]]
+        assert [row[: i + 1].tolist() for row, i in zip(judge.ids, judge.last)] == asked + asked
 
 
 def test_every_row_is_answered_anew(run):
@@ -851,7 +850,7 @@ def test_a_row_with_the_papers_trigger(run, monkeypatch):
     (paper, final), (ours, response) = seen
     assert eraser.PRESETS["paper"].items() <= vars(paper).items()
     assert (paper.objective, paper.target) == ("circuit", "lcdd")
-    assert ours.positions == "response"
+    assert ours.positions == "both"
     assert (
         not torch.equal(final.keep.sum(1), response.keep.sum(1))
         or final.keep.shape != response.keep.shape
@@ -1014,5 +1013,5 @@ def test_a_question_that_is_no_text(run, monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--ask", "\udcff"]
     )
-    with pytest.raises(InputError, match="--ask: the prompt is not UTF-8"):
+    with pytest.raises(InputError, match="--ask .*UTF-8"):
         evaluate.main()
