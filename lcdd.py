@@ -41,8 +41,8 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
                    fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back,
                    write_json, write_text)
 from parallel import AdamW, add_up, once, share, summed, world
-from run import (Interrupted, Meter, alone, check_processes, cli, locate, open_run, patient, portable, prepare,
-                 read_results, resume_command, ticker)
+from run import (Interrupted, Meter, alone, check_processes, cli, locate, made_by, open_run, patient,
+                 portable, prepare, read_results, resume_command, ticker)
 from settings import fit, options, pull
 
 # the header of a saved state, phase by phase
@@ -808,7 +808,8 @@ def check_memory(o, net, examples):
     entries = [m.weight.shape for layer in net.projections for m in layer.values()]
     lengths = [len(ids) for ids, _ in examples]
     tokens = o.micro_batch * sum(lengths) // len(lengths)
-    deltas = (2 + 2 / world()) * memory.of_weights(entries, getattr(torch, o.delta_dtype))      # Δ, gradient, moments
+    copies = 2 + 2 / world()                                        # Δ and gradient; the moments
+    deltas = copies * memory.of_weights(entries, getattr(torch, o.delta_dtype))
     kept = memory.of_tokens(net.config, tokens, net.dtype, o.checkpoint)
     memory.check(deltas + kept + 8 * o.batch, f"training with --micro-batch {o.micro_batch} and "
                  f"--batch {o.batch}", "make them smaller, or use --checkpoint, --delta-dtype bfloat16 "
@@ -831,7 +832,7 @@ def results_table(o, scores, results):
 
 
 def main(argv=None):
-    o = options(argv, __doc__)
+    o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
     chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
                                     weights=not o.dry_run)
@@ -855,7 +856,8 @@ def main(argv=None):
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
         "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()}})
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "made": made_by("lcdd.py", words)})
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
     print(f"{chat.folder.name}, task {o.task}: {counts}; run directory {run}")
     print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} "
@@ -865,7 +867,6 @@ def main(argv=None):
         with alone(run):
             train(o, net, chat, splits, examples, run, tuned)
     except KeyboardInterrupt:
-        words = sys.argv[1:] if argv is None else argv
         raise Interrupted(resume_command("lcdd.py", words, run)) from None
 
 

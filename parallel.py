@@ -1,9 +1,10 @@
 """
 More than one process, on torch's own engine: torchrun --nproc-per-node N lcdd.py …
 
-Every process runs the whole script and holds the same numbers. What is split between them is a list: the samples of an
-optimizer batch, the prompts, AdamW's moments. What comes of it is summed or gathered, so that all hold the same again.
-The first process alone writes and prints. Without torchrun everything here is the identity.
+Every process runs the whole script and holds the same numbers. What is split between them is a list:
+the samples of an optimizer batch, the prompts, AdamW's moments. What comes of it is summed or gathered,
+so that all hold the same again. The first process alone writes and prints. Without torchrun everything
+here is the identity.
 """
 import contextlib
 import functools
@@ -14,17 +15,21 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-size, number, store = 1, 0, None        # how many processes work together, which one this is, what they all can read
+size, number, store = 1, 0, None    # how many work together, which one this is, what they all can read
 
 
 def start():
-    """Join the processes that torchrun started; all but the first become silent. Raises ValueError where they do not meet."""
+    """
+    Join the processes that torchrun started; all but the first become silent. Raises ValueError or
+    RuntimeError where they do not meet.
+    """
     global size, number, store
     cuda = torch.cuda.is_available()
     store, number, size = next(dist.rendezvous("env://"))
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=number, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size)
     if number:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -38,8 +43,8 @@ def end():
 
 def speak_once(error):
     """
-    Called where a process ends in an error, and so ends all: one of them says it, the first one where it can; the
-    others end here, in silence and with the same status.
+    Called where a process ends in an error, and so ends all: one of them says it, the first one where
+    it fails too; the others end here, in silence.
     """
     if size == 1:
         return
@@ -100,7 +105,7 @@ def mean(x, dim):
 
 
 def once(function):
-    """A function that the first process runs alone, for what it writes or measures; all have what it returns."""
+    """A function that the first process runs alone, as it writes or measures; all have what it returns."""
     @functools.wraps(function)
     def by_the_first(*args, **more):
         global size
@@ -120,7 +125,7 @@ def once(function):
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW with its moments split between the processes: each moves its share of the parameters, and sends it to all."""
+    """AdamW with its moments split between the processes: each moves its share and sends it to all."""
 
     def __init__(self, parameters, **settings):
         self.every = list(parameters)
@@ -138,9 +143,10 @@ class AdamW(torch.optim.AdamW):
             p.grad = None
 
     def moments(self):
-        """Yields (i, name, tensor) of every parameter's moments in the first process, which the others send it."""
+        """(i, name, tensor) of every parameter's moments, in the first process; the others send it theirs."""
         for i, p in enumerate(self.every if self.state else ()):
-            for name, like in (("step", torch.zeros((), device=p.device)), ("exp_avg", p), ("exp_avg_sq", p)):
+            step = torch.zeros((), device=p.device)
+            for name, like in (("step", step), ("exp_avg", p), ("exp_avg_sq", p)):
                 t = self.state[p][name] if i % size == number else torch.empty_like(like)
                 if size > 1:
                     dist.broadcast(t, i % size)

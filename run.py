@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -53,7 +54,8 @@ RESULTS = {
                        "loss": (None, NUMBER), "within": ((bool, None), None, None)}),
 }
 # settings that may change between training and use: where things lie, and how they are computed
-FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions")
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions",
+        "made")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
@@ -108,7 +110,7 @@ def join(together):
         raise InputError("torchrun starts lcdd.py, eraser.py and evaluate.py; start this with python")
     try:
         parallel.start()
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, RuntimeError) as e:
         raise InputError(f"WORLD_SIZE is set, and the processes do not meet ({e}); start them with "
                          "torchrun, or unset it") from None
 
@@ -117,6 +119,21 @@ def launcher():
     """How this command was started, in words of a command line."""
     n = parallel.world()
     return ["python"] if n == 1 else ["torchrun", "--nproc-per-node", str(n)]
+
+
+def made_by(script, words):
+    """
+    What a run was made with, beside its settings: command line, threads, processes, and the git
+    revision of the code where it has one, `-dirty` where files differ from it.
+    """
+    revision, here = None, Path(__file__).parent
+    if (here / ".git").exists():
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            told = subprocess.run(asked, capture_output=True, text=True, errors="replace")
+            revision = told.stdout.strip() or None
+    return {"command": shlex.join([*launcher(), script, *map(str, words)]), "revision": revision,
+            "threads": torch.get_num_threads(), "processes": parallel.world()}
 
 
 def check_processes(option, count):
@@ -261,8 +278,8 @@ def check_device(name):
 @contextlib.contextmanager
 def patient():
     """
-    Within it, Ctrl-C and SIGTERM only make the function that it yields return True, in all processes, so that work
-    can stop between two steps; KeyboardInterrupt follows at the end.
+    Within it, Ctrl-C and SIGTERM only make the function that it yields return True, in all processes
+    where one has it, so that work can stop between two steps; KeyboardInterrupt follows at the end.
     """
     arrived, before = [], {}
 
@@ -496,7 +513,7 @@ def reopen(run):
 
 def portable(settings):
     """The settings of a run as they may travel: without paths of this machine."""
-    found = {k: v for k, v in settings.items() if k not in ("out", "resume", "device")}
+    found = {k: v for k, v in settings.items() if k not in ("out", "resume", "device", "made")}
     for key, value in found.items():
         if isinstance(value, str) and Path(value).is_absolute():
             found[key] = Path(value).name
@@ -574,7 +591,7 @@ def open_run(out, name, resume, config):
     new = json.loads(json.dumps(config))  # tuples are lists in the file
     for key in new:
         unknown = key == "chat_fingerprint" and key not in old  # a run of an older version
-        if key != "versions" and not unknown and old.get(key) != new[key]:
+        if key not in ("versions", "made") and not unknown and old.get(key) != new[key]:
             raise InputError(f"{file}: {key} was {old.get(key)!r} and is now {config[key]!r}; "
                              "resume with the same options, or choose another --out")
     check_carriers(run, config)
