@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import sys
-from datetime import timedelta
+import time
 
 import torch
 import torch.distributed as dist
@@ -48,14 +48,15 @@ def speak_once(error):
     """
     if size == 1:
         return
-    spoken = True
+    spoken, patience = True, time.monotonic() + 5
     with contextlib.suppress(RuntimeError):         # the store has gone with the process that spoke
-        if number:
-            with contextlib.suppress(RuntimeError):
-                store.wait(["error"], timedelta(seconds=5))
+        while number and not store.check(["error"]) and time.monotonic() < patience:
+            time.sleep(0.1)
         spoken = store.add("error", 1) > 1
-    if spoken:
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 2))
+    if spoken:                                      # at once: what is still connected would abort
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "status", 2))
     sys.stderr = sys.__stderr__
 
 
