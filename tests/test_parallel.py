@@ -100,7 +100,7 @@ def alone(tmp_path_factory):
     return run
 
 
-def close(run, other, of_weights=5e-5, of_numbers=1e-6):
+def close(run, other, of_weights=5e-5, of_numbers=5e-6):
     """Do two run directories hold the same up to fp32's rounding? AdamW makes a step of rate/√v of a gradient that is nothing but rounding."""
     for name in ("sft", "carrier", "trigger"):
         a, b = (load_tensors(folder / f"{name}.safetensors")[0] for folder in (run, other))
@@ -108,7 +108,7 @@ def close(run, other, of_weights=5e-5, of_numbers=1e-6):
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=0, atol=of_weights, msg=f"{name} {key}")
     for a, b in zip(*(numbers(folder) for folder in (run, other)), strict=True):
-        assert a == pytest.approx(b, rel=of_numbers, abs=of_numbers)
+        assert a == (pytest.approx(b, rel=of_numbers, abs=of_numbers) if isinstance(b, float) else b)
 
 
 def numbers(run):
@@ -164,7 +164,7 @@ def test_a_signal_to_one_stops_all_and_another_number_resumes(tmp_path, alone):
     said = "".join(errors for *_, errors in ends)
     assert said.count("interrupted") == 1 and "resume with: torchrun --nproc-per-node 2 lcdd.py " in said, said
     tensors, header = load_tensors(run / "state.safetensors")
-    assert (header["phase"], header["step"]) == ("lcdd", 2)                           # calls 1–3, again 3–8, then LCDD's third
+    assert (header["phase"], header["step"]) == ("lcdd", 1)                           # calls 1–3; 4–9, from the third step on; LCDD's first two
     assert {name.split(".")[1] for name in tensors if name.startswith("adam")} == {str(i) for i in range(28)}
     commands(run, resume=True)
     close(alone, run)
