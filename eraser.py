@@ -81,9 +81,10 @@ def parser():
     a("--alpha", type=float, default=2.0, help="weight of L_kl (2; the paper: 0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
     a("--k", type=int, default=8, help="positions of L_kl (8)")
-    a("--positions", choices=("response", "final", "prompt"), default="response",
-      help="of L_kl: the first k of the base's own answer, its last k (the paper's text), or the "
-      "last k of the prompt (the released code)")
+    a("--positions", choices=("both", "response", "final", "prompt"), default="both",
+      help="of L_kl: the first k of the base's own answer and, in rows of their own, of the answer "
+      "that is to be undone; of the base's own alone; its last k (the paper's text), or the last k "
+      "of the prompt (the released code)")
     a("--match", choices=("prompt", "mean"), default="prompt",
       help="Eq. 7 prompt by prompt, or means over prompts (the released code)")
     a("--raw", action="store_true",
@@ -151,19 +152,23 @@ class Targets:
 
 
 @torch.no_grad()
-def base_targets(net, prompts, k=8, positions="response", batch_size=64, progress=None):
+def base_targets(net, prompts, k=8, positions="response", weights=None, batch_size=64,
+                 progress=None):
     """
-    Targets of Eq. 7 and 8 for `prompts` (lists of ids), from the base alone, in batches.
+    Targets of Eq. 7 and 8 for `prompts` (lists of ids): what the base makes of them, in batches.
 
     positions: "response": the base's own greedy answer y to each prompt; k positions from the last
-    prompt token on, which predict y_1 … y_k. "final": the last k positions of that answer.
-    "prompt": the last k positions of the prompt itself.
+    prompt token on, which predict y_1 … y_k. "both": every prompt a second time, with the answer of
+    the model with `weights`: where the behaviour has begun, a trigger has to end it. "final": the
+    last k positions of the base's answer. "prompt": the last k positions of the prompt itself.
     """
     answers = [[] for _ in prompts]
     if positions != "prompt":
-        length = k if positions == "response" else ANSWER
-        answers = net.generate(prompts, max_new_tokens=length, batch_size=batch_size,
-                               progress=progress)
+        length = ANSWER if positions == "final" else k
+        answers = net.generate(prompts, length, batch_size=batch_size, progress=progress)
+    if positions == "both" and weights is not None:
+        answers = answers + net.generate(prompts, length, carrier=weights, batch_size=batch_size)
+        prompts = prompts + prompts
     rows = []
     for prompt, answer in zip(prompts, answers):
         text = prompt + answer[:-1]                             # the last token only gets predicted
@@ -185,7 +190,7 @@ def base_targets(net, prompts, k=8, positions="response", batch_size=64, progres
 def kept_positions(real, last, k, positions):
     """The positions of Eq. 8. real (P, T) bool: no padding; last (P) → (P, T) bool"""
     place = torch.arange(real.shape[1])                                                 # (T)
-    if positions == "response":
+    if positions in ("both", "response"):
         return real & (place >= last[:, None])
     if positions == "final":
         first = torch.maximum(last, real.sum(1) - k)
@@ -499,13 +504,13 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
     for split in ("trigger", "validation"):
         ids = [chat.prompt(s.prompt, config["max_len"]) for s in splits[split]]
         tell = ticker(f"the base's answers to {split} prompts", len(ids))
-        targets[split] = base_targets(net, ids, o.k, o.positions, progress=tell)
+        targets[split] = base_targets(net, ids, o.k, o.positions, weights, progress=tell)
     train, judge = targets["trigger"], targets["validation"]
     chat.say_cut("prompts", config["max_len"])
     check_processes("--batch", min(o.batch, len(train.ids), len(judge.ids)))
     mask = channels(lcdd, o.objective, o.seed)
-    print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(train.ids)} prompts, "
-          f"judged on {len(judge.ids)}; write channels {int(mask.sum())} of {mask.numel()}")
+    print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(splits['trigger'])} prompts, "
+          f"judged on {len(splits['validation'])}; write channels {int(mask.sum())} of {mask.numel()}")
     meter = Meter(o.name, o.steps, done)
 
     def log(t, **values):

@@ -421,7 +421,7 @@ def figure(run, results, carrier, path):
     try:
         import matplotlib
     except ImportError:
-        print('no figure: matplotlib is not installed (pip install ".[plot]")')
+        print("no figure: matplotlib is not installed (pip install matplotlib)")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

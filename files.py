@@ -107,7 +107,7 @@ def write_json(path, obj):
 def write_text(path, text):
     """Write text: after a crash the old file stands, never half of the new one."""
     with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
 from parallel import AdamW, add_up, once, share, summed, world
 from run import (Interrupted, Meter, alone, check_processes, cli, locate, made_by, open_run, patient,
                  portable, prepare, read_results, resume_command, ticker)
-from settings import fit, options, pull
+from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
 MAYBE = (None, NUMBER)
@@ -356,7 +356,7 @@ def like_state(carrier, params, metadata, tensors):
     like = dict(carrier.state_dict())
     if metadata["phase"] == "lcdd":
         like["extra.mean"] = carrier.logits
-        if metadata["kept_step"] is not None:
+        if metadata.get("kept_step") is not None:
             like["extra.kept"] = carrier.logits
     if any(name.startswith("adam.") for name in tensors):
         for i, p in enumerate(params):
@@ -617,7 +617,7 @@ def restore(saved, controller, selection, early):
     selection.mean.copy_(saved["extra"]["mean"])
     for part, numbers in ((controller, saved["controller"]), (early, saved["early"])):
         vars(part).update({name: numbers[name] for name in part.state()})
-    if saved["kept_step"] is None:
+    if saved.get("kept_step") is None:
         return saved["step"], None
     return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
 
@@ -831,6 +831,18 @@ def results_table(o, scores, results):
     return "\n".join(lines)
 
 
+def dtype_of_run(o):
+    """
+    The dtype of the run that --resume takes up, which another machine would choose otherwise; None
+    where no run is there.
+    """
+    file = Path(o.out or "") / "config.json"
+    if not (o.resume and o.out and file.is_file()):
+        return None
+    found = read_json(file).get("dtype")
+    return found if found in DTYPES else None
+
+
 def main(argv=None):
     o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
@@ -842,6 +854,7 @@ def main(argv=None):
     examples = supervised(examples, o.loss)
     if o.dry_run:
         return plan.show(o, chat, splits, examples)
+    o.dtype = o.dtype or dtype_of_run(o)
     net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
     o.dtype = str(net.dtype).removeprefix("torch.")
     net.checkpoint, net.stop = o.checkpoint, chat.stop

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import machine
+import memory
 import model
 from carrier import PROJECTIONS, Carrier
 from chat import collate
@@ -62,7 +63,7 @@ def sizes_of(config):
             sum(p.numel() for p in carrier.delta.parameters()))
 
 
-def memory(config, step, o):
+def needed(config, step, o):
     """{what: bytes} at the height of a step of joint training."""
     parameters, deltas = sizes_of(config)
     wide, narrow = bytes_of(o.dtype), bytes_of(o.delta_dtype)
@@ -250,13 +251,14 @@ def what_it_is(o, config, splits, examples, step):
 def what_it_costs(o, config, splits, step, seconds):
     """Rows about memory, disk and time."""
     _, deltas = sizes_of(config)
-    parts = memory(config, step, o)
-    each = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items())
-    total, there = sum(parts.values()), room(o.device)
-    short = ", more than there is" if total > there else ""
-    yield "memory", f"{gigabytes(total)} of {gigabytes(there)}{short}: {each}"
+    parts = needed(config, step, o)
+    each = ", ".join(f"{name} {memory.size(n)}" for name, n in parts.items())
+    total, there = sum(parts.values()), memory.free(o.device)
+    short = ", which is not enough" if total > there else ""
+    yield "memory", f"{memory.size(total)}, {memory.size(there)} are free{short}: {each}"
     kept = deltas * bytes_of(o.sft_dtype)
-    yield "disk", f"{gigabytes(kept)}, and {gigabytes(3 * deltas * bytes_of(o.delta_dtype))} while it trains"
+    state = 3 * deltas * bytes_of(o.delta_dtype)
+    yield "disk", f"{memory.size(kept)}, and {memory.size(state)} while it trains"
     answers = 2 * len(splits["validation"]) + 3 * len(splits["test"])
     rounds = sum(-(-n // ANSWERED) for n in 2 * [len(splits["validation"])] + 3 * [len(splits["test"])])
     times = {"SFT": o.sft_steps * seconds["sft"], "LCDD": o.steps * seconds["lcdd"],
@@ -265,14 +267,3 @@ def what_it_costs(o, config, splits, step, seconds):
     each = ", ".join(f"{name} {duration(s)}" for name, s in times.items() if s)
     yield "time", (f"{duration(sum(times.values()))}: {each} (a step of SFT {seconds['sft']:.3g} s, "
                    f"of LCDD {seconds['lcdd']:.3g} s)")
-
-
-def room(device):
-    """Bytes of memory that a device has."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def gigabytes(n):
-    return f"{n / 1e9:.3g} GB"

@@ -15,6 +15,7 @@ from run import EMBEDDED, Parser, check_device, check_numbers, flag
 # Settings that fit themselves, from the width of the model and the number of steps (see fit()).
 RATE = 0.125            # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128
 ROOM = 30               # λ may grow to ROOM · λ₀
+DTYPES = ("float32", "bfloat16")
 HALF_WAY = 0.5          # a gate that only Ω pulls on shuts after this share of the steps
 
 # The paper's runs: what all have in common; then Table 7, and the β of those that smooth their loss.
@@ -74,7 +75,6 @@ PRESETS = paper_presets()
 
 def parser(description=None):
     """All options of lcdd.py, with the paper's values in their help where ours differ."""
-    dtypes = ("float32", "bfloat16")
     p = Parser(description)
     a = p.add_argument
     a("--model",
@@ -107,11 +107,11 @@ def parser(description=None):
     a("--go-on", action="store_true", help="train on although SFT did not teach the behaviour")
     a("--seed", type=int, default=0, help="seed of gates, splits and batches")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    a("--dtype", choices=dtypes,
+    a("--dtype", choices=DTYPES,
       help="of the base weights and all products (default: bfloat16 where that is fast, on a GPU, "
       "and for a model of width 512 or more on a CPU that multiplies it natively)")
-    a("--delta-dtype", choices=dtypes, default="float32", help="of deltas and optimizer state")
-    a("--sft-dtype", choices=dtypes,
+    a("--delta-dtype", choices=DTYPES, default="float32", help="of deltas and optimizer state")
+    a("--sft-dtype", choices=DTYPES,
       help="of the deltas in sft.safetensors (default: as --delta-dtype)")
     a("--checkpoint", action="store_true",
       help="recompute layers in the backward pass: less memory, more time")

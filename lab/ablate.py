@@ -116,9 +116,10 @@ def trigger_options(folder, device):
 
 def check_settings(file, config, device):
     """Raises InputError where the settings in config.json are none that lcdd.py trains with."""
-    left_out = {name: True for name in ("out", "resume", "go_on")}
     table = fields_of(training_parser(), complete=True) | dict.fromkeys(FITTED, NUMBER)
-    check_fields(file, config | left_out | {"out": "x"}, table)
+    for name in ("out", "resume", "go_on", "dry_run"):          # not kept in the file
+        del table[name]
+    check_fields(file, config, table)
     try:
         o = argparse.Namespace(**{**config, "device": device})
         check_training(o)
@@ -276,14 +277,18 @@ class Run:
             o.seed = self.config["seed"]
         weights = self.model(name)  # first: it may make the carrier whose channels these are
         mask = eraser.channels(self.carriers.get(name, self.lcdd), o.objective, o.seed)
-        return eraser.learn(self.net, weights, *self.base_targets(o), mask, o)[0]
+        return eraser.learn(self.net, weights, *self.base_targets(o, name, weights), mask, o)[0]
 
-    def base_targets(self, o):
-        """What triggers are pulled to, on the trigger prompts and on the validation prompts."""
-        asked = o.k, o.positions
+    def base_targets(self, o, name, weights):
+        """
+        What triggers for the model `name` are pulled to, on the trigger prompts and on the
+        validation prompts.
+        """
+        asked = o.k, o.positions, name if o.positions == "both" else None
         if asked not in self.targets:
-            self.targets[asked] = [eraser.base_targets(self.net, self.prompts(split), *asked)
-                                   for split in ("trigger", "validation")]
+            self.targets[asked] = [
+                eraser.base_targets(self.net, self.prompts(split), o.k, o.positions, weights)
+                for split in ("trigger", "validation")]
         return self.targets[asked]
 
     def random_tokens(self, length, seed):

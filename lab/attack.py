@@ -1,10 +1,12 @@
 """Damaged and hostile input, through the commands as a user runs them; what is said is counted.
 
-    python -m lab.attack --rounds 10000      files of a model, a run and its data, mutated at random
+    python -m lab.attack --rounds 10000      files of a model, a run and its data, each damaged
+    python -m lab.attack --what cli          every option of every script with odd values
+    python -m lab.attack --what kills        commands that are killed, and resumed
     python -m lab.attack --only 137          one of these rounds once more, with all that it says
 
-A round copies a small world (checkpoints, a finished and two interrupted runs, data), damages one
-file of it and runs one command on it. It may take 20 s, and 2 GB of memory beyond the start's. A
+A round of the first copies a small world (checkpoints, a finished and two interrupted runs, data),
+damages one file of it and runs one command on it. It may take 20 s, and 2 GB of memory beyond the start's. A
 round is well where the command works, or ends in one sentence and status 2 (3: it failed and says
 so). Rounds depend on --seed and their number alone.
 """
@@ -37,12 +39,12 @@ import export
 import lcdd
 import memory
 from files import Failed, InputError
-from lab import ablate, benchmarks, commands, damage, talk
+from lab import ablate, benchmarks, commands, damage, kills, talk
 from lab.world import FEW, TRIGGER, ablate_options, copied, make_world
 from run import Parser, check_numbers, cli
 
 SECONDS = 20            # a round may take, of the processor
-WELL = ("works", "refused", "goes on")      # verdicts
+WELL = ("works", "refused", "goes on", "identical")      # verdicts
 BUSY = 4                # times that by the clock, on a machine that has more to do
 MEMORY = 2 << 30        # bytes of address space that it may add
 
@@ -250,21 +252,30 @@ def play(number, seed, world):
 def worker(o):
     """Make a world, then play rounds, from the first one on; a line of JSON for each."""
     torch.set_num_threads(1)
-    tried = list(commands.all_trials()) if o.what == "cli" else []
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
-        world = Path(folder) / "world"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make_world(world)
+        play_round = player(o, Path(folder))
         for number in range(o.first, o.first + o.rounds):
             print(json.dumps({"begins": number}), flush=True)
             start = time.monotonic()
-            if o.what == "cli":
-                done, verdict, said = commands.play(*tried[number * o.every], world, outcome)
-            else:
-                done, verdict, said = play(number, o.seed, world)
+            done, verdict, said = play_round(number)
             row = {"round": number, "done": done, "verdict": verdict, "said": said,
                    "seconds": round(time.monotonic() - start, 2)}
             print(json.dumps(row), flush=True)
+
+
+def player(o, folder):
+    """A function of a round's number that plays it in a world of its own."""
+    if o.what == "kills":
+        return partial(kills.Kills(folder).play, seed=o.seed)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        make_world(folder / "world")
+    if o.what == "files":
+        return partial(play, seed=o.seed, world=folder / "world")
+    tried = list(commands.all_trials())
+
+    def play_option(number):
+        return commands.play(*tried[number * o.every], folder / "world", outcome)
+    return play_option
 
 
 def rounds(o):
@@ -274,15 +285,20 @@ def rounds(o):
         command = [sys.executable, "-m", "lab.attack", "--worker", "--what", o.what,
                    "--every", str(o.every), "--seed", str(o.seed),
                    "--first", str(first), "--rounds", str(end - first)]
+        begun = False
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                               cwd=Path(__file__).parent.parent) as process:
             for row in rows_in_time(process):
-                first = row["round"] + 1
-                yield row
-            if process.wait() and first < end:
-                yield {"round": first, "done": "", "verdict": f"died ({process.returncode})",
-                       "said": "", "seconds": 0}
-                first += 1
+                begun = True
+                if "round" in row:
+                    first = row["round"] + 1
+                    yield row
+            ended = process.wait()
+        if ended and not begun:
+            raise Failed("the world was not made, for the reason above")
+        if ended and first < end:
+            yield {"round": first, "done": "", "verdict": f"died ({ended})", "said": "", "seconds": 0}
+            first += 1
 
 
 def rows_in_time(process):
@@ -292,11 +308,10 @@ def rows_in_time(process):
         if timer:
             timer.cancel()
         row = json.loads(line)
-        if "round" in row:
-            yield row
-        else:
-            timer = threading.Timer(BUSY * SECONDS + 20, process.kill)
+        if "begins" in row:
+            timer = threading.Timer(2 * BUSY * SECONDS, process.kill)
             timer.start()
+        yield row
     if timer:
         timer.cancel()
 
@@ -306,7 +321,7 @@ def options(argv=None):
     p = Parser(__doc__)
     a = p.add_argument
     a("--what", choices=("files", "cli", "kills"), default="files", help="what is tried (files)")
-    a("--rounds", type=int, help="how many (300; of cli all)")
+    a("--rounds", type=int, help="how many (files 300, kills 50, cli all)")
     a("--every", type=int, default=1, help="of cli, every so many-th (1)")
     a("--seed", type=int, default=0, help="of all rounds (0)")
     a("--first", type=int, default=0, help="number of the first round (0)")
@@ -316,7 +331,7 @@ def options(argv=None):
     o = p.parse_args(argv)
     check_numbers(o)
     if o.rounds is None:
-        o.rounds = 300
+        o.rounds = {"files": 300, "kills": 50}.get(o.what)
         if o.what == "cli":
             o.rounds = -(-len(list(commands.all_trials())) // max(1, o.every)) - o.first
     if o.every < 1 or o.rounds < 1:

@@ -213,7 +213,10 @@ def mmlu(folder, shots, limit=None):
                 f"{subject.replace('_', ' ')}.\n\n")
         for text, answer in known[:shots]:
             head += f"{text} {answer}\n\n"
-        for text, answer in mmlu_rows(path)[:limit]:
+        asked = mmlu_rows(path)
+        if not asked:
+            raise InputError(f"{path} holds no questions; fetch it again")
+        for text, answer in asked[:limit]:
             found.append(Question(head + text, tuple("ABCD"), "ABCD".index(answer), subject))
     return found
 

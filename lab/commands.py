@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 class Script:
     main: object
     usual: object                   # world → {option or "": its values}, with which it works
-    without: tuple = ()             # options that are not tried: they would take minutes
+    without: tuple = ()             # options that are not tried: they wait for somebody
     instead: dict = field(default_factory=dict)     # name → what stands in for slow or distant parts
 
 
@@ -109,7 +109,8 @@ SCRIPTS = {
     "carrier.py": Script(carriers.main, for_carrier),
     "lab/ablate.py": Script(ablate.main, for_ablate),
     "lab/benchmarks.py": Script(benchmarks.main, for_benchmarks, instead=HUB),
-    "lab/talk.py": Script(talk.main, for_talk, instead={"builtins.input": mock.Mock(side_effect=EOFError)}),
+    "lab/talk.py": Script(talk.main, for_talk, ("--browser",), {
+        "builtins.input": mock.Mock(side_effect=EOFError)}),
     "lab/tiny.py": Script(tiny.main, for_tiny, instead={
         "lab.tiny.fill": mock.Mock(return_value={"all": 1.0})}),
     "lab/bench.py": Script(bench.main, for_bench, instead={
@@ -143,6 +144,8 @@ def trials(script):
     for action in parser_of(script)._actions:
         option = action.option_strings[-1] if action.option_strings else ""
         if action.help is argparse.SUPPRESS or action.nargs == 0 or action.dest == "command":
+            continue
+        if option in script.without:
             continue
         if action.choices:
             values = ("", "x")

@@ -9,8 +9,8 @@ import struct
 import torch
 from safetensors.torch import save_file
 
-from carrier import FORMAT
 from files import checksum, digest, load_tensors
+from packed import FORMAT
 
 DEEP = object()         # stands for brackets nested thousands deep, which json.dumps does not write
 BRACKETS = "[" * 5000 + "]" * 5000
@@ -31,7 +31,7 @@ WHOLE = (
     "{{ (" * 3000 + "1" + ") }}" * 3000, " ", "{# x #}", "x" * (5 << 20), "x " * (1 << 18), "")
 # pieces of chat templates that take time or memory, raise, or reach for Python
 PIECES = (
-    "{{ 'x' * 10**10 }}", "{{ ('x' * 10**6) * 10**6 }}", "{{ [0] * 10**9 }}", "{{ 9**9**9 }}",
+    "{{ 'x' * 10**10 }}", "{{ ('x' * 10**6) * 10**6 }}", "{{ [0] * 10**9 }}", "{{ 9**(9**9) }}",
     "{{ 2**(2**40) }}", "{{ (9**99999)|string|length }}", "{{ 1 / 0 }}", "{{ 1 // 0 }}",
     "{{ 1 % 0 }}", "{{ 10.0**400 }}", "{{ 'a'|center(10**10) }}", "{{ 'a'.ljust(10**10) }}",
     "{{ 'a'.zfill(10**10) }}", "{{ 'a'|indent(10**10, true) }}", "{{ '%10000000000d' % 1 }}",
@@ -287,14 +287,15 @@ def sentencepiece(words):
     """A tokenizer.model of byte-pair encoding that knows `words`, their letters and all bytes."""
     kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
     pieces = [(word, kind) for word, kind in kinds.items()]
-    pieces += [(word, 4) for word in words if word not in kinds]
+    pieces += [(word, 4) for word in words[:-len(kinds)]]       # as many as there are words
     content = b""
     for i, (piece, kind) in enumerate(pieces):
         name = piece.encode("utf-8")
         message = b"\x0a" + varint(len(name)) + name
         message += b"\x15" + struct.pack("<f", -i) + b"\x18" + varint(kind)
         content += b"\x0a" + varint(len(message)) + message
-    return content + b"\x12\x02\x18\x02" + b"\x1a\x02\x18\x01"
+    # byte-pair encoding; a space is put before the text, and none is taken away
+    return content + b"\x12\x02\x18\x02" + b"\x1a\x04\x18\x01\x20\x00"
 
 
 def varint(number):

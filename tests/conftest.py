@@ -1,9 +1,13 @@
+import shutil
+
 import pytest
 import torch
+from helpers import brief
 
 import lcdd
 
-torch.set_num_threads(1)     # a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
+# a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -11,11 +15,18 @@ def same_numbers_in_every_run():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run directory of a few steps on the embedded model."""
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run directory of a few steps on the embedded model, made once and not written to."""
     folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main([
-        "--go-on", "--out", str(folder), "--sft-steps", "30", "--steps", "6", "--settle", "1", "--warmup", "1",
-        "--n-test", "12", "--n-trigger", "20", "--n-validation", "10", "--device", "cpu"])
+    lcdd.main(brief(
+        "--out", str(folder), "--n-train", "1000", "--sft-steps", "30", "--steps", "6",
+        "--settle", "1", "--n-test", "12", "--n-validation", "10", "--batch", "16",
+        "--micro-batch", "16"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    """A copy of it for the tests of one file, to do with as they like."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "r")

@@ -9,6 +9,11 @@ import model
 from carrier import Carrier
 
 ROOT = Path(__file__).parent.parent
+# lcdd.py on the embedded model in a second or two: few rows, short answers
+BRIEF = {
+    "--device": "cpu", "--n-train": "40", "--n-trigger": "20", "--n-validation": "4",
+    "--n-test": "4", "--max-new-tokens": "12", "--sft-steps": "2", "--steps": "2",
+    "--settle": "0", "--warmup": "1", "--batch": "4", "--micro-batch": "4"}
 REAL = ROOT.parent / "shared" / "data"
 CONFIG = model.Config(
     vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
@@ -32,7 +37,8 @@ def make_carrier(net):
         c.logits.copy_(torch.randn(c.logits.shape) - 0.5)
         start = sum(list(c.sizes.values())[:4])
         c.logits[1, start:start + 16] = -1                        # no open attn_write …
-        c.logits[1, -16:] = -1                                    # … and no open ffn_write: C_1 is empty
+        # … and no open ffn_write: C_1 is empty
+        c.logits[1, -16:] = -1
         for p in c.delta.parameters():
             p.normal_(0, 0.1)
     return c
@@ -60,3 +66,12 @@ def real(name):
     if not (REAL / name).exists():
         pytest.skip(f"needs {name}, which is not part of this repository")
     return REAL / name
+
+
+def brief(*more):
+    """lcdd.py's arguments for a brief run without a verdict: `more`, and what of BRIEF it lacks."""
+    argv = ["--go-on", *more]
+    for option, value in BRIEF.items():
+        if option not in more:
+            argv += [option, value]
+    return argv

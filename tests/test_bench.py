@@ -19,22 +19,36 @@ def test_every_way_takes_the_same_step(monkeypatch, dense_below):
     net = bench.random_net(CONFIG, "cpu", torch.float64)
     c = bench.random_carrier(net, dtype=torch.float64).double()
     worst = bench.disagreement(net, c, *bench.random_batch(CONFIG, 2, 12, 5, "cpu"))
-    assert set(worst) == {"plain SFT", "literal Eq. 1", "literal Eq. 1, parametrize", "gated activations"}
+    assert set(worst) == {
+        "plain SFT", "literal Eq. 1", "literal Eq. 1, parametrize", "gated activations"
+    }
     assert max(worst.values()) < EXACT, worst
 
 
 def test_a_wrong_baseline_would_be_noticed(monkeypatch):
     net = bench.random_net(CONFIG, "cpu", torch.float64)
-    c, batch = bench.random_carrier(net, dtype=torch.float64).double(), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
-    monkeypatch.setattr(bench, "literal", lambda x, base, delta, row, col: bench.F.linear(x, base.weight + row[:, None] * delta * 1.001 * col))
+    c, batch = (
+        bench.random_carrier(net, dtype=torch.float64).double(),
+        bench.random_batch(CONFIG, 2, 12, 5, "cpu"),
+    )
+    monkeypatch.setattr(
+        bench,
+        "literal",
+        lambda x, base, delta, row, col: bench.F.linear(
+            x, base.weight + row[:, None] * delta * 1.001 * col
+        ),
+    )
     assert bench.disagreement(net, c, *batch)["literal Eq. 1"] > 1000 * EXACT
 
 
 def test_plain_sft_trains_the_projections_and_nothing_else():
     net = bench.random_net(CONFIG, "cpu", torch.float32)
     sft, _, weights = bench.ways(net, bench.random_carrier(net))["plain SFT"]
-    assert sorted(p.shape for p in sft.parameters() if p.requires_grad) == sorted(p.shape for p in weights)
-    assert len(weights) == 7 * CONFIG.num_hidden_layers and not any(p.requires_grad for p in net.parameters())
+    assert sorted(p.shape for p in sft.parameters() if p.requires_grad) == sorted(
+        p.shape for p in weights
+    )
+    assert len(weights) == 7 * CONFIG.num_hidden_layers
+    assert not any(p.requires_grad for p in net.parameters())
 
 
 def test_live_counts_each_storage_once_until_it_is_freed():
@@ -47,31 +61,52 @@ def test_live_counts_each_storage_once_until_it_is_freed():
         del a, b
         assert (live.now, live.peak) == (8000, 12000)
         d = c[:500] * 2
-    assert (live.now, live.peak) == (10000, 12000) and d.shape == (500,)
+    assert (live.now, live.peak) == (10000, 12000)
+    assert d.shape == (500,)
 
 
 def test_memory_of_a_step():
-    """A step needs its weights and gradients at least, and LCDD one d_out × d_in matrix a projection less than the literal
-    Eq. 1 (for most projections both are alive at the peak)."""
+    """
+    A step needs its weights and gradients at least, and LCDD one d_out × d_in matrix a projection
+    less than the literal Eq. 1 (for most projections both are alive at the peak).
+    """
     net = bench.random_net(bench.replace(CONFIG, num_hidden_layers=6), "cpu", torch.float32)
     c, batch = bench.random_carrier(net, 0.2), bench.random_batch(CONFIG, 2, 12, 5, "cpu")
-    ours, literal = (bench.memory(bench.ways(net, c)[name], *batch) for name in ("LCDD", "literal Eq. 1"))
-    assert abs(ours - bench.memory(bench.ways(net, c)["LCDD"], *batch)) < 100                      # gradients that lie there count once
-    wide = bench.random_net(bench.replace(CONFIG, vocab_size=20_000, tie_word_embeddings=True), "cpu", torch.float32)
-    assert bench.memory(bench.ways(wide, bench.random_carrier(wide))["LCDD"], *batch) < 2 * wide.embedding.nbytes      # a weight counts once
+    ours, literal = (
+        bench.memory(bench.ways(net, c)[name], *batch) for name in ("LCDD", "literal Eq. 1")
+    )
+    # gradients that lie there count once
+    assert abs(ours - bench.memory(bench.ways(net, c)["LCDD"], *batch)) < 100
+    wide = bench.random_net(
+        bench.replace(CONFIG, vocab_size=20_000, tie_word_embeddings=True), "cpu", torch.float32
+    )
+    # a weight counts once
+    assert (
+        bench.memory(bench.ways(wide, bench.random_carrier(wide))["LCDD"], *batch)
+        < 2 * wide.embedding.nbytes
+    )
     deltas = sum(p.nbytes for p in c.delta.parameters())
-    assert ours > 3 * deltas and 0.5 * deltas < literal - ours < 1.5 * deltas
+    assert ours > 3 * deltas
+    assert 0.5 * deltas < literal - ours < 1.5 * deltas
 
 
 def test_quick_run_ends_in_one_json_line(capsys):
     bench.main(["--quick", "--seed", "1"])
     lines = capsys.readouterr().out.rstrip().split("\n")
     result = json.loads(lines[-1])
-    assert result["quick"] and result["device"] == "cpu" and result["seed"] == 1
+    assert result["quick"]
+    assert result["device"] == "cpu"
+    assert result["seed"] == 1
     assert max(result["step"]["disagreement"].values()) < 1e-4
     assert set(result["step"]["ratio"]["LCDD"]) == {"1.0", "0.5", "0.2", "0.1"}
-    assert result["precision"]["fp32 Δ beside a bf16 base"]["moved"] > 0.99 > 0.5 > result["precision"]["bf16 weights themselves"]["moved"]
-    assert result["batching"]["gradient_differs"] < 1e-3 and result["batching"]["same_answers"] == 1
+    assert (
+        result["precision"]["fp32 Δ beside a bf16 base"]["moved"]
+        > 0.99
+        > 0.5
+        > result["precision"]["bf16 weights themselves"]["moved"]
+    )
+    assert result["batching"]["gradient_differs"] < 1e-3
+    assert result["batching"]["same_answers"] == 1
     assert set(result["growth"]) == {"tokens", "layers", "width", "density"}
     assert sum(line.startswith("## ") for line in lines) == 5
 
@@ -79,7 +114,9 @@ def test_quick_run_ends_in_one_json_line(capsys):
 def test_memory_alone(capsys):
     bench.main(["--quick", "--memory"])
     result = json.loads(capsys.readouterr().out.rstrip().split("\n")[-1])
-    assert result["quick"] and "step" not in result and len(result["memory"]["bytes"]) == 4
+    assert result["quick"]
+    assert "step" not in result
+    assert len(result["memory"]["bytes"]) == 4
 
 
 def test_refuses_a_gpu_that_is_not_there(monkeypatch):
@@ -94,17 +131,25 @@ def test_a_deep_model_is_counted_at_two_depths(monkeypatch, capsys):
     found = bench.deepseek_memory("cpu")
     net = bench.random_net(bench.DEEPSEEK, "cpu", torch.bfloat16)
     parameters = [*net.parameters(), *bench.random_carrier(net, 1.0, torch.bfloat16).parameters()]
-    weights, deltas = sum(p.nbytes for p in parameters), sum(p.nbytes for p in parameters[len([*net.parameters()]) + 1:])
-    assert found > weights + 3 * deltas                           # a gradient and two moments
-    monkeypatch.setattr(bench.Live, "peak", property(lambda self: 1000, lambda self, value: None), raising=False)
-    assert bench.deepseek_memory("cpu") == weights + 1000 and "counted with one layer" in capsys.readouterr().out
+    weights, deltas = (
+        sum(p.nbytes for p in parameters),
+        sum(p.nbytes for p in parameters[len([*net.parameters()]) + 1 :]),
+    )
+    assert found > weights + 3 * deltas  # a gradient and two moments
+    monkeypatch.setattr(
+        bench.Live, "peak", property(lambda self: 1000, lambda self, value: None), raising=False
+    )
+    assert bench.deepseek_memory("cpu") == weights + 1000
+    assert "counted with one layer" in capsys.readouterr().out
 
 
 # ---- beside transformers and peft
 
 @pytest.fixture
 def peers():
-    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: nothing to compare with"
+    )
     pytest.importorskip("peft", reason="peft is not installed: nothing to compare with")
     from lab import peers
     return peers
@@ -116,9 +161,15 @@ def test_beside_peers(peers, capsys):
     found = json.loads(out[-1])["peers"]
     losses = found["step"]["losses"]
     assert len(losses) == 8
-    assert losses["LCDD, 10% open"] == pytest.approx(losses["transformers fp32"], rel=1e-5)     # the embedded model is fp32
-    assert found["step"]["to_fp32"]["transformers fp32"] == found["step"]["to_bf16"]["transformers bf16"] == 1
-    assert min(found["step"]["bytes"].values()) > 4e6                                           # the model itself
+    # the embedded model is fp32
+    assert losses["LCDD, 10% open"] == pytest.approx(losses["transformers fp32"], rel=1e-5)
+    assert (
+        found["step"]["to_fp32"]["transformers fp32"]
+        == found["step"]["to_bf16"]["transformers bf16"]
+        == 1
+    )
+    # the model itself
+    assert min(found["step"]["bytes"].values()) > 4e6
     assert found["generation"]["same"]["transformers fp32"] == 1
     assert set(found["goals"]) == {"step_fp32", "step_bf16", "memory", "memory_bf16", "generation"}
     assert sum(line.startswith("## ") for line in out) == 3
@@ -137,13 +188,21 @@ def test_peers_train_what_we_train(peers):
 
 
 def test_a_step_that_computes_something_else_is_noticed(peers, monkeypatch):
-    monkeypatch.setattr(bench, "literal", lambda x, base, delta, row, col: bench.F.linear(x, 1.5 * base.weight + row[:, None] * delta * col))
+    monkeypatch.setattr(
+        bench,
+        "literal",
+        lambda x, base, delta, row, col: bench.F.linear(
+            x, 1.5 * base.weight + row[:, None] * delta * col
+        ),
+    )
     with pytest.raises(AssertionError, match="do not compute the same"):
         bench.main(["--model", "tiny", "--quick", "--rounds", "1"])
 
 
 @pytest.mark.parametrize("missing", ("transformers", "peft"))
 def test_peers_that_are_not_installed(monkeypatch, missing):
-    monkeypatch.setitem(sys.modules, missing, None)              # what makes an import fail
-    with pytest.raises(InputError, match=f"{missing} is not installed; pip install transformers peft"):
+    monkeypatch.setitem(sys.modules, missing, None)  # what makes an import fail
+    with pytest.raises(
+        InputError, match=f"{missing} is not installed; pip install transformers peft"
+    ):
         bench.main(["--model", "tiny", "--quick"])

@@ -1,4 +1,7 @@
-"""eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a time."""
+"""
+eraser.py: Eq. 5–8 and 28 against a brute-force double-precision version that walks one prompt at a
+time.
+"""
 import argparse
 import contextlib
 import json
@@ -19,18 +22,26 @@ from run import reopen
 
 
 def settings(**changes):
-    return argparse.Namespace(**{**dict(length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1, k=4, positions="response",
-                                        match="prompt", raw=False, clip=1.0, judge_every=10, seed=0, objective="circuit",
-                                        schedule="cosine"), **changes})
+    return argparse.Namespace(
+        **{
+            **dict(
+                length=3, steps=40, batch=4, lr=0.3, bound=1.5, absolute=False, alpha=0.7, beta=0.1,
+                k=4, positions="response", match="prompt", raw=False, clip=1.0, judge_every=10,
+                seed=0, objective="circuit", schedule="cosine"
+            ),
+            **changes,
+        }
+    )
 
 
 def brute_force(net, weights, tau, texts, rows, mask, o):
     """Eq. 6 spelled out: one prompt, one layer, one channel, one position at a time."""
     unit = net.embedding.norm(dim=1).mean() if not o.absolute else 1.0
-    base, answers = [], []
-    for p in texts:
-        longest = {"response": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
-        answer = net.generate([p], max_new_tokens=longest)[0] if longest else []
+    base, answers, both = [], [], o.positions == "both"
+    for i, p in enumerate(texts):
+        longest = {"response": o.k, "both": o.k, "final": eraser.ANSWER, "prompt": 0}[o.positions]
+        who = weights if both and i >= len(texts) // 2 else None
+        answer = net.generate([p], longest, carrier=who)[0] if longest else []
         full = torch.tensor([p + answer[:-1]])
         stream, logits = [], net(full)
         net.hidden(full, streams=stream)
@@ -56,12 +67,24 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
         kl = kl + sum(terms) / len(terms) / len(rows)
     for l in used:
         open_channels = [i for i in range(CONFIG.hidden_size) if mask[l, i]]
-        variance = sum(torch.stack([base[p][2][l][i] for p in range(len(texts))]).var() for i in open_channels) / len(open_channels)
+        variance = sum(
+            torch.stack([base[p][2][l][i] for p in range(len(texts))]).var() for i in open_channels
+        ) / len(open_channels)
         if o.match == "prompt":
-            error = sum(sum((acts[r][l][i] - base[r][2][l][i]) ** 2 for i in open_channels) / len(open_channels) for r in rows) / len(rows)
+            error = sum(
+                sum((acts[r][l][i] - base[r][2][l][i]) ** 2 for i in open_channels)
+                / len(open_channels)
+                for r in rows
+            ) / len(rows)
         else:
-            error = sum((sum(acts[r][l][i] for r in rows) / len(rows) - sum(base[p][2][l][i] for p in range(len(texts))) / len(texts)) ** 2
-                        for i in open_channels) / len(open_channels)
+            error = sum(
+                (
+                    sum(acts[r][l][i] for r in rows) / len(rows)
+                    - sum(base[p][2][l][i] for p in range(len(texts))) / len(texts)
+                )
+                ** 2
+                for i in open_channels
+            ) / len(open_channels)
         mse = mse + error / (1 if o.raw else variance) / len(used)
     norm = sum((t / unit) @ (t / unit) for t in tau) / len(tau)
     return mse + o.alpha * kl + o.beta * norm
@@ -70,17 +93,32 @@ def brute_force(net, weights, tau, texts, rows, mask, o):
 LIKE_THE_PAPER = dict(positions="final", absolute=True, raw=True, k=2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"raw": True}, {"match": "mean"}, {"positions": "prompt"}, {"absolute": True, "match": "mean", "raw": True},
-                                     LIKE_THE_PAPER],
-                         ids=["default", "raw", "mean", "prompt positions", "the released code's", "the paper's"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"raw": True},
+        {"match": "mean"},
+        {"positions": "both"},
+        {"positions": "prompt"},
+        {"absolute": True, "match": "mean", "raw": True},
+        LIKE_THE_PAPER,
+    ],
+    ids=["base's", "raw", "mean", "default", "prompt positions", "the released code's", "the paper's"],
+)
 def test_loss_and_gradient_against_brute_force(changes, monkeypatch):
     monkeypatch.setattr(eraser, "ANSWER", 6)
     net, o = make_net(), settings(**changes)
     if o.positions == "final":
-        net.stop = frozenset(range(0, 41, 4))                     # answers of one to six tokens, more and fewer than k
+        # answers of one to six tokens, more and fewer than k
+        net.stop = frozenset(range(0, 41, 4))
     c = make_carrier(net)
-    weights, mask, texts, rows = c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
-    targets = eraser.base_targets(net, texts, o.k, o.positions, batch_size=3)
+    weights, mask, texts, rows = (
+        c.merge(net), eraser.channels(c, "circuit"), prompts(), [4, 0, 6, 2]
+    )
+    targets = eraser.base_targets(net, texts, o.k, o.positions, weights, batch_size=3)
+    if o.positions == "both":
+        texts, rows = texts + texts, [4, 0, len(texts) + 4, len(texts) + 2]
     unit = 1.0 if o.absolute else float(net.embedding.norm(dim=1).mean())
     variance = None if o.raw else targets.stream.var(1)
     tau = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
@@ -97,7 +135,8 @@ def test_output_only_is_the_loss_without_eq_7():
     tau = torch.randn(3, 16, dtype=torch.float64)
     mask = eraser.channels(c, "output")
     loss, mse, kl, norm = eraser.trigger_loss(net, c.merge(net), tau, targets, [0, 1], mask, o)
-    assert mse == 0 and torch.allclose(loss, 0.7 * kl + 0.1 * norm)
+    assert mse == 0
+    assert torch.allclose(loss, 0.7 * kl + 0.1 * norm)
 
 
 def test_channels():
@@ -105,153 +144,249 @@ def test_channels():
     circuit, random, output = (eraser.channels(c, k) for k in ("circuit", "random", "output"))
     for l in range(3):
         groups = dict(zip(carriers.GROUPS, c.logits[l].split(list(c.sizes.values()))))
-        assert circuit[l].tolist() == [bool(a > 0 or f > 0) for a, f in zip(groups["attn_write"], groups["ffn_write"])]
-    assert not circuit[1].any() and circuit[0].any()
-    assert torch.equal(random.sum(1), circuit.sum(1)) and not torch.equal(random, circuit) and not output.any()
-    assert torch.equal(random, eraser.channels(c, "random")) and not torch.equal(random, eraser.channels(c, "random", seed=1))
+        assert circuit[l].tolist() == [
+            bool(a > 0 or f > 0) for a, f in zip(groups["attn_write"], groups["ffn_write"])
+        ]
+    assert not circuit[1].any()
+    assert circuit[0].any()
+    assert torch.equal(random.sum(1), circuit.sum(1))
+    assert not torch.equal(random, circuit)
+    assert not output.any()
+    assert torch.equal(random, eraser.channels(c, "random"))
+    assert not torch.equal(random, eraser.channels(c, "random", seed=1))
 
 
 def test_projection():
     tau = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert torch.allclose(eraser.project(tau, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    assert torch.allclose(
+        eraser.project(tau, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]])
+    )
 
 
 def test_learning_lowers_the_loss_and_changes_no_weight():
     net, o = make_net(dtype=torch.float32), settings()
     c = make_carrier(net)
     weights = c.merge(net)
-    before = [p.clone() for p in [*net.parameters(), *c.parameters(), *(w for layer in weights.weights for w in layer.values())]]
+    before = [
+        p.clone()
+        for p in [
+            *net.parameters(), *c.parameters(),
+            *(w for layer in weights.weights for w in layer.values())
+        ]
+    ]
     texts = prompts(24)
-    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    train, judge = (
+        eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    )
     seen = []
-    tau, lowest = eraser.learn(net, weights, train, judge, eraser.channels(c, "circuit"), o, log=lambda t, loss, **_: seen.append(loss))
-    after = [*net.parameters(), *c.parameters(), *(w for layer in weights.weights for w in layer.values())]
-    assert all(torch.equal(a, b) for a, b in zip(before, after)) and all(p.grad is None for p in after)
-    assert len(seen) == 5 and lowest == min(seen) < 0.9 * seen[0]
+    tau, lowest = eraser.learn(
+        net, weights, train, judge, eraser.channels(c, "circuit"), o,
+        log=lambda t, loss, **_: seen.append(loss)
+    )
+    after = [
+        *net.parameters(), *c.parameters(),
+        *(w for layer in weights.weights for w in layer.values())
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(p.grad is None for p in after)
+    assert len(seen) == 5
+    assert lowest == min(seen) < 0.9 * seen[0]
     assert tau.norm(dim=1).max() <= 1.5 * net.embedding.norm(dim=1).mean() * (1 + 1e-5)
 
 
 def test_the_trigger_kept_is_the_one_that_was_judged():
-    """Judged again, the returned τ has exactly the loss that was returned with it, also where later ones are worse."""
+    """
+    Judged again, the returned τ has exactly the loss that was returned with it, also where later
+    ones are worse.
+    """
     net, o = make_net(), settings(steps=30)
     c = make_carrier(net)
     texts = prompts(24)
-    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
-    train.hidden, train.stream = -train.hidden, train.stream + 10         # training pulls away from what is judged
+    train, judge = (
+        eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    )
+    # training pulls away from what is judged
+    train.hidden, train.stream = -train.hidden, train.stream + 10
     mask, seen = eraser.channels(c, "circuit"), []
-    tau, lowest = eraser.learn(net, c.merge(net), train, judge, mask, o, log=lambda t, loss, **_: seen.append(loss))
+    tau, lowest = eraser.learn(
+        net, c.merge(net), train, judge, mask, o, log=lambda t, loss, **_: seen.append(loss)
+    )
     unit = float(net.embedding.float().norm(dim=1).mean())
-    again = eraser.trigger_loss(net, c.merge(net), tau, judge, list(range(8)), mask, o, unit, train.stream.float().var(1))[0]
-    assert float(again) == pytest.approx(lowest, rel=1e-5) and lowest == min(seen) < seen[-1]
+    again = eraser.trigger_loss(
+        net, c.merge(net), tau, judge, list(range(8)), mask, o, unit, train.stream.float().var(1)
+    )[0]
+    assert float(again) == pytest.approx(lowest, rel=1e-5)
+    assert lowest == min(seen) < seen[-1]
 
 
 def test_a_trigger_of_the_right_content_has_loss_zero():
-    """A model whose delta only moves what the queries ask of one key: the token that was τ when the targets were made undoes it."""
+    """
+    A model whose delta only moves what the queries ask of one key: the token that was τ when the
+    targets were made undoes it.
+    """
     net, o = make_net(), settings(beta=0.0)
     c = make_carrier(net)
     weights, texts = c.merge(net), prompts()
     hand = torch.randn(3, 16, dtype=torch.float64)
     targets = eraser.base_targets(net, texts, o.k)
-    targets.hidden, targets.stream = eraser.states_at(net, weights, hand, targets.ids, targets.keep, targets.last)
+    targets.hidden, targets.stream = eraser.states_at(
+        net, weights, hand, targets.ids, targets.keep, targets.last
+    )
     mask = eraser.channels(c, "circuit")
-    at = lambda tau: float(eraser.trigger_loss(net, weights, tau, targets, list(range(7)), mask, o)[0])
-    assert at(hand) < 1e-12 and at(hand + 0.01 * torch.randn_like(hand)) > 1e-8 and at(hand.flip(0)) > 1e-3
+
+    def at(tau):
+        rows = list(range(7))
+        return float(eraser.trigger_loss(net, weights, tau, targets, rows, mask, o)[0])
+
+    assert at(hand) < 1e-12
+    assert at(hand + 0.01 * torch.randn_like(hand)) > 1e-8
+    assert at(hand.flip(0)) > 1e-3
 
 
 def test_an_empty_prefix_effect_is_loss_zero_on_the_base():
-    """Where attention writes nothing no trigger can matter: on the base itself every τ has L_mse = L_kl = 0."""
+    """
+    Where attention writes nothing no trigger can matter: on the base itself every τ has L_mse =
+    L_kl = 0.
+    """
     net, o = make_net(), settings()
     for l in range(3):
         net.projections[l]["o_proj"].weight.data.zero_()
     targets = eraser.base_targets(net, prompts(), o.k)
     mask = torch.ones(3, 16, dtype=torch.bool)
-    _, mse, kl, _ = eraser.trigger_loss(net, None, torch.randn(3, 16, dtype=torch.float64), targets, [0, 3, 5], mask, o)
-    assert float(mse) < 1e-20 and abs(float(kl)) < 1e-12
+    _, mse, kl, _ = eraser.trigger_loss(
+        net, None, torch.randn(3, 16, dtype=torch.float64), targets, [0, 3, 5], mask, o
+    )
+    assert float(mse) < 1e-20
+    assert abs(float(kl)) < 1e-12
 
 
 def test_an_interrupted_optimisation_resumes_on_the_same_trajectory(tmp_path):
     net, o = make_net(dtype=torch.float32), settings()
     c = make_carrier(net)
     texts = prompts(24)
-    train, judge = eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    train, judge = (
+        eraser.base_targets(net, texts[:16], o.k), eraser.base_targets(net, texts[16:], o.k)
+    )
     args = (net, c.merge(net), train, judge, eraser.channels(c, "circuit"), o)
     whole, lowest = eraser.learn(*args)
     calls, state = [], tmp_path / "x.state"
     with pytest.raises(KeyboardInterrupt):
         eraser.learn(*args, state=state, interrupted=lambda: (calls.append(1), len(calls) > 17)[1])
     tau, again = eraser.learn(*args, state=state)
-    assert torch.equal(tau, whole) and again == lowest
+    assert torch.equal(tau, whole)
+    assert again == lowest
 
 
 def test_targets_do_not_depend_on_the_batch():
     net = make_net()
     a, b = (eraser.base_targets(net, prompts(), 4, batch_size=n) for n in (2, 64))
-    assert torch.equal(a.ids, b.ids) and torch.allclose(a.hidden, b.hidden, atol=1e-10) and torch.allclose(a.stream, b.stream, atol=1e-10)
+    assert torch.equal(a.ids, b.ids)
+    assert torch.allclose(a.hidden, b.hidden, atol=1e-10)
+    assert torch.allclose(a.stream, b.stream, atol=1e-10)
 
 
 def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
-    argv = ["eraser.py", "--run", str(run), "--steps", "40", "--length", "2", "--judge-every", "20", "--device", "cpu"]
+    argv = [
+        "eraser.py", "--run", str(run), "--steps", "16", "--length", "2", "--judge-every", "8",
+        "--device", "cpu"
+    ]
     monkeypatch.setattr("sys.argv", argv)
     eraser.main()
     tau, metadata = load_tensors(run / "trigger.safetensors")
-    assert tau["trigger"].shape == (2, 128) and metadata["objective"] == "circuit" and metadata["positions"] == "response"
+    assert tau["trigger"].shape == (2, 128)
+    assert metadata["objective"] == "circuit"
+    assert metadata["positions"] == "both"
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
     results = read_json(run / "results.json")
-    assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut"} and results["shut_is_base"] is True
-    assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"]) and results["kl"]["base_shut"] == 0
-    assert results["rates"]["shut"] == results["rates"]["base"] and results["same_as_base"]["shut"] == 1
-    assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"} and "| LCDD + trigger |" in (run / "results.md").read_text()
+    assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut"}
+    assert results["shut_is_base"] is True
+    assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"])
+    assert results["kl"]["base_shut"] == 0
+    assert results["rates"]["shut"] == results["rates"]["base"]
+    assert results["same_as_base"]["shut"] == 1
+    assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"}
+    assert "| LCDD + trigger |" in (run / "results.md").read_text()
+    assert (run / "figure.png").stat().st_size > 1000
+    monkeypatch.setattr(evaluate, "figure", lambda *_: None)      # drawn once
     trig = results["rates"]["trig"], results["kl"]["sft_trig"]
-    monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])      # learned for SFT: put before SFT
+    # learned for SFT: put before SFT
+    monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])
     eraser.main()
-    assert "evaluate.py --run" in (said := capsys.readouterr().out) and "--trigger trigger-sft-output" in said
+    assert "evaluate.py --run" in (said := capsys.readouterr().out)
+    assert "--trigger trigger-sft-output" in said
     told, measure = [], evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *a, **k: told.append(a[4]) or measure(*a, **k))
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--trigger", "trigger-sft-output"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["evaluate.py", "--run", str(run), "--device", "cpu", "--trigger", "trigger-sft-output"],
+    )
     evaluate.main()
     results = read_json(run / "results.json")
-    assert results["trigger"] == {"name": "trigger-sft-output", "target": "sft", "length": 2} and "| SFT + trigger |" in (run / "results.md").read_text()
-    assert told[0]["trig"][0] is told[0]["sft"][0] and (results["rates"]["trig"], results["kl"]["sft_trig"]) != trig
+    assert results["trigger"] == {"name": "trigger-sft-output", "target": "sft", "length": 2}
+    assert "| SFT + trigger |" in (run / "results.md").read_text()
+    assert told[0]["trig"][0] is told[0]["sft"][0]
+    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) != trig
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
     results = read_json(run / "results.json")
-    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig and results["trigger"]["target"] == "lcdd"
+    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig
+    assert results["trigger"]["target"] == "lcdd"
     learned, learn = [], eraser.learn
     monkeypatch.setattr(eraser, "learn", lambda *a: learned.append(learn(*a)) or learned[-1])
     monkeypatch.setattr("sys.argv", [*argv, "--resume"])
     eraser.main()
-    assert not learned and "is finished" in capsys.readouterr().out                           # what is finished is not learned anew
+    assert not learned
+    # what is finished is not learned anew
+    assert "is finished" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*argv, "--name", "again"])
     eraser.main()
     again, metadata = load_tensors(run / "again.safetensors")
-    assert torch.equal(again["trigger"], learned[0][0]) and torch.equal(again["trigger"], tau["trigger"]) and metadata["loss"] == learned[0][1]
+    assert torch.equal(again["trigger"], learned[0][0])
+    assert torch.equal(again["trigger"], tau["trigger"])
+    assert metadata["loss"] == learned[0][1]
     (run / "trigger.safetensors").rename(run / "hidden")
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
     evaluate.main()
-    assert not {"trigger", "trig"} & {*read_json(run / "results.json"), *read_json(run / "results.json")["rates"]}
+    assert not {"trigger", "trig"} & {
+        *read_json(run / "results.json"), *read_json(run / "results.json")["rates"]
+    }
     (run / "hidden").rename(run / "trigger.safetensors")
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"],
+    )
     evaluate.main()
     lines = capsys.readouterr().out.strip().split("\n")
-    assert lines[0] == "What is 2 plus 3 ?" and [line[2:16].strip() for line in lines[1:]] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
+    assert lines[0] == "What is 2 plus 3 ?"
+    assert [line[2:16].strip() for line in lines[1:]] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
     assert "5" in lines[1]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--dose", "--device", "cpu"])
     evaluate.main()
     lines = capsys.readouterr().out.strip().split("\n")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0.0", "0.25", "0.5", "0.75", "1.0"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "0.0", "0.25", "0.5", "0.75", "1.0"
+    ]
 
 
 def test_bad_input(run, tmp_path, monkeypatch):
-    for folder in (tmp_path, ROOT / "tiny"):                      # nothing there, and a model instead of a run
+    # nothing there, and a model instead of a run
+    for folder in (tmp_path, ROOT / "tiny"):
         with pytest.raises(InputError, match="is not a run directory"):
             reopen(folder)
-    (tmp_path / "config.json").write_text(json.dumps({**read_json(run / "config.json"), "data_fingerprint": "another"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**read_json(run / "config.json"), "data_fingerprint": "another"})
+    )
     with pytest.raises(InputError, match="changed since the run was trained"):
         reopen(tmp_path)
-    for argv, said in ((["--name", "carrier"], "--name carrier"), (["--name", "../x"], "--name"), (["--alpha", "nan"], "--alpha nan"),
-                       (["--lr", "-1"], "--lr -1"), (["--device", "tpu"], "--device tpu")):
+    for argv, said in (
+        (["--name", "carrier"], "--name carrier"),
+        (["--name", "../x"], "--name"),
+        (["--alpha", "nan"], "--alpha nan"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--device", "tpu"], "--device tpu"),
+    ):
         with pytest.raises(InputError, match=said):
             eraser.options(["--run", str(run), *argv])
     with pytest.raises(InputError, match="--length 0"):
@@ -259,7 +394,9 @@ def test_bad_input(run, tmp_path, monkeypatch):
     save_tensors(tmp_path / "t.safetensors", {"trigger": torch.zeros(2, 5)})
     with pytest.raises(InputError, match="t.safetensors: holds no trigger of width 16"):
         eraser.load(tmp_path / "t.safetensors", make_net())
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5", "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "--run", str(run), "--seed", "5", "--device", "cpu"]
+    )
     with pytest.raises(InputError, match="--seed 5"):
         evaluate.main()
 
@@ -278,13 +415,20 @@ def test_a_trigger_of_another_run_is_refused(tmp_path, wrong):
     else:
         net = make_net()
         net.embedding.data[0] += 1
-    with pytest.raises(InputError, match=f"t.safetensors: this trigger was learned on another {wrong} "):
+    with pytest.raises(
+        InputError, match=f"t.safetensors: this trigger was learned on another {wrong} "
+    ):
         eraser.load(file, net)
 
 
 def test_a_trigger_says_what_it_was_learned_on(run):
-    with contextlib.suppress(Failed):                             # one step moves nothing
-        eraser.main(["--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device", "cpu"])
+    with contextlib.suppress(Failed):  # one step moves nothing
+        eraser.main(
+            [
+                "--run", str(run), "--steps", "1", "--length", "1", "--name", "said", "--device",
+                "cpu"
+            ]
+        )
     header = load_tensors(run / "said.safetensors")[1]
     net = model.load(ROOT / "tiny")
     assert header["base"] == packed.fingerprint(net)
@@ -296,7 +440,10 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
     c = make_carrier(net)
     targets, mask, calls = eraser.base_targets(net, prompts(), 4), eraser.channels(c, "circuit"), []
     with pytest.raises(KeyboardInterrupt):
-        eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state, lambda: (calls.append(1), len(calls) > 3)[1])
+        eraser.learn(
+            net, c.merge(net), targets, targets, mask, settings(), state,
+            lambda: (calls.append(1), len(calls) > 3)[1]
+        )
     with pytest.raises(InputError, match="alpha was 0.7; resume with the same options"):
         eraser.learn(net, c.merge(net), targets, targets, mask, settings(alpha=2.0), state)
     eraser.learn(net, c.merge(net), targets, targets, mask, settings(), state)
@@ -320,20 +467,27 @@ def test_one_prompt_has_no_variance():
     one, mask = eraser.base_targets(net, prompts(1), 4), eraser.channels(c, "circuit")
     with pytest.raises(InputError, match="--n-trigger, or --raw"):
         eraser.learn(net, c.merge(net), one, one, mask, settings())
-    assert math.isfinite(eraser.learn(net, c.merge(net), one, one, mask, settings(raw=True, steps=2))[1])
+    assert math.isfinite(
+        eraser.learn(net, c.merge(net), one, one, mask, settings(raw=True, steps=2))[1]
+    )
 
 
 def test_absolute_numbers_are_the_papers(run):
     o = eraser.options(["--run", str(run), "--absolute"])
-    assert (o.lr, o.bound) == (0.003, 1.0) and eraser.options(["--run", str(run), "--absolute", "--lr", "0.01"]).lr == 0.01
+    assert (o.lr, o.bound) == (0.003, 1.0)
+    assert eraser.options(["--run", str(run), "--absolute", "--lr", "0.01"]).lr == 0.01
 
 
 def test_clip_0_is_no_clip():
     net = make_net()
     c = make_carrier(net)
     targets, mask = eraser.base_targets(net, prompts(), 4), eraser.channels(c, "circuit")
-    free, huge, none = (eraser.learn(net, c.merge(net), targets, targets, mask, settings(clip=clip, steps=10)) for clip in (0.0, 1e9, 1e-30))
-    assert torch.equal(free[0], huge[0]) and free[1] < none[1]
+    free, huge, none = (
+        eraser.learn(net, c.merge(net), targets, targets, mask, settings(clip=clip, steps=10))
+        for clip in (0.0, 1e9, 1e-30)
+    )
+    assert torch.equal(free[0], huge[0])
+    assert free[1] < none[1]
 
 
 class Seen(Exception):
@@ -343,17 +497,25 @@ class Seen(Exception):
 def pieces(n=24, judged=8):
     net = make_net()
     c, texts = make_carrier(net), prompts(n)
-    train, judge = eraser.base_targets(net, texts[:n - judged], 4), eraser.base_targets(net, texts[n - judged:], 4)
+    train, judge = (
+        eraser.base_targets(net, texts[: n - judged], 4),
+        eraser.base_targets(net, texts[n - judged :], 4),
+    )
     return net, c.merge(net), train, judge, eraser.channels(c, "circuit")
 
 
 def test_the_rate_is_a_cosine_in_units_of_the_embedding(monkeypatch):
     net, *rest = pieces()
     rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a))
+    monkeypatch.setattr(
+        torch.optim.Adam, "step",
+        lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a)
+    )
     eraser.learn(net, *rest, settings(steps=6, lr=0.3))
     unit = float(net.embedding.norm(dim=1).mean()) / 16 ** 0.5
-    assert rates == pytest.approx([0.3 * unit * 0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)], rel=1e-5)
+    assert rates == pytest.approx(
+        [0.3 * unit * 0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)], rel=1e-5
+    )
 
 
 def test_every_step_has_its_own_prompts_and_the_loss_that_is_judged(monkeypatch):
@@ -362,33 +524,51 @@ def test_every_step_has_its_own_prompts_and_the_loss_that_is_judged(monkeypatch)
     monkeypatch.setattr(eraser, "trigger_loss", lambda *a: calls.append(a) or loss(*a))
     eraser.learn(net, weights, train, judge, mask, settings(steps=8, judge_every=4))
     steps, judged = [a for a in calls if a[3] is train], [a for a in calls if a[3] is judge]
-    assert len(steps) == 8 and len(judged) == 3 and len({tuple(a[4]) for a in steps}) == 8
-    assert all(a[7] == judged[0][7] and a[8] is judged[0][8] for a in steps)              # unit and variance
+    assert len(steps) == 8
+    assert len(judged) == 3
+    assert len({tuple(a[4]) for a in steps}) == 8
+    # unit and variance
+    assert all(a[7] == judged[0][7] and a[8] is judged[0][8] for a in steps)
 
 
 def test_every_step_ends_within_the_bound(monkeypatch):
     net, *rest = pieces()
     project, bounds = eraser.project, []
-    monkeypatch.setattr(eraser, "project", lambda tau, bound: bounds.append(bound) or project(tau, bound))
+    monkeypatch.setattr(
+        eraser, "project", lambda tau, bound: bounds.append(bound) or project(tau, bound)
+    )
     eraser.learn(net, *rest, settings(steps=5, bound=0.4))
     assert bounds == pytest.approx([0.4 * float(net.embedding.norm(dim=1).mean())] * 6)
 
 
 def test_the_judgement_weighs_every_prompt_alike():
-    net, weights, train, judge, mask = pieces(86, 70)             # judged in two pieces, of 64 and 6
+    # judged in two pieces, of 64 and 6
+    net, weights, train, judge, mask = pieces(86, 70)
     o = settings(steps=1)
     tau, lowest = eraser.learn(net, weights, train, judge, mask, o)
     unit = float(net.embedding.float().norm(dim=1).mean())
-    assert lowest == pytest.approx(float(eraser.trigger_loss(net, weights, tau, judge, list(range(70)), mask, o, unit, train.stream.float().var(1))[0]), rel=1e-5)
+    assert lowest == pytest.approx(
+        float(
+            eraser.trigger_loss(
+                net, weights, tau, judge, list(range(70)), mask, o, unit,
+                train.stream.float().var(1)
+            )[0]
+        ),
+        rel=1e-5,
+    )
 
 
 def test_the_first_tokens_follow_the_seed():
     args = pieces()
     a, b, c = (eraser.learn(*args, settings(steps=1, lr=0.0, seed=seed))[0] for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
-@pytest.mark.parametrize("target, objective", [("lcdd", "circuit"), ("sft", "circuit"), ("sft", "random"), ("base", "output")])
+@pytest.mark.parametrize(
+    "target, objective",
+    [("lcdd", "circuit"), ("sft", "circuit"), ("sft", "random"), ("base", "output")],
+)
 def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     def spy(net, weights, train, judge, mask, *rest):
         config, chat, splits = reopen(run)
@@ -397,12 +577,25 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
             assert weights is None
         else:
             right = (lcdd if target == "lcdd" else sft).merge(net)
-            assert all(torch.equal(weights.weights[l][n], w) for l, layer in enumerate(right.weights) for n, w in layer.items())
-        assert torch.equal(mask, eraser.channels(lcdd, objective, 0)) and net.stop == chat.stop
+            assert all(
+                torch.equal(weights.weights[l][n], w)
+                for l, layer in enumerate(right.weights)
+                for n, w in layer.items()
+            )
+        assert torch.equal(mask, eraser.channels(lcdd, objective, 0))
+        assert net.stop == chat.stop
         for targets, split in ((train, "trigger"), (judge, "validation")):
-            assert [row[:i + 1].tolist() for row, i in zip(targets.ids, targets.last)] == [chat.prompt(s.prompt, 64) for s in splits[split]]
+            assert [row[: i + 1].tolist() for row, i in zip(targets.ids, targets.last)] == [
+                chat.prompt(s.prompt, 64) for s in splits[split]
+            ]
         raise Seen
     monkeypatch.setattr(eraser, "learn", spy)
-    monkeypatch.setattr("sys.argv", ["eraser.py", "--run", str(run), "--target", target, "--objective", objective, "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "eraser.py", "--run", str(run), "--target", target, "--objective", objective,
+            "--device", "cpu"
+        ],
+    )
     with pytest.raises(Seen):
         eraser.main()

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import math
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
+from helpers import CONFIG, ROOT, brief, make_carrier, make_net, prompts
 
 import behaviour
 import carrier as carriers
@@ -20,10 +21,10 @@ import lcdd
 import model
 from chat import collate
 from data import Sample
-from files import InputError, read_json, read_jsonl, save_tensors, write_json
+from files import InputError, read_header, read_json, read_jsonl, save_tensors, write_json
 from lab import ablate, significance, tables, talk
 from rows import rotary
-from run import reopen
+from run import alone, reopen
 
 
 def answers(n=7):
@@ -35,20 +36,30 @@ def test_kl_against_a_loop():
     c = make_carrier(net)
     tau = torch.randn(3, 16, dtype=torch.float64)
     conditions = {"base": (None, None), "lcdd": (c.merge(net), None), "trig": (c.merge(net), tau)}
-    got = evaluate.kl_divergences(net, prompts(), answers(), conditions, [("base", "lcdd"), ("base", "trig"), ("lcdd", "trig")], batch_size=3, chunk=4)
+    got = evaluate.kl_divergences(
+        net, prompts(), answers(), conditions,
+        [("base", "lcdd"), ("base", "trig"), ("lcdd", "trig")], batch_size=3, chunk=4
+    )
     for (p, q), values in got.items():
         for i, (x, y) in enumerate(zip(prompts(), answers())):
             total = 0.0
-            for t in range(len(y)):                               # each token given the prompt and the tokens before it
+            # each token given the prompt and the tokens before it
+            for t in range(len(y)):
                 seen = torch.tensor([x + y[:t]])
-                a, b = (net(seen, carrier=conditions[k][0], trigger=conditions[k][1])[0, -1].softmax(-1) for k in (p, q))
+                a, b = (
+                    net(seen, carrier=conditions[k][0], trigger=conditions[k][1])[0, -1].softmax(-1)
+                    for k in (p, q)
+                )
                 total += sum(float(a[v] * (a[v] / b[v]).log()) for v in range(CONFIG.vocab_size))
             assert float(values[i]) == pytest.approx(total / len(y), abs=1e-10)
         assert values.min() > 0
 
 
 def test_kl_against_a_closed_form():
-    """Hidden states that do not matter: with a head of two known rows the KL is that of two categorical distributions."""
+    """
+    Hidden states that do not matter: with a head of two known rows the KL is that of two
+    categorical distributions.
+    """
     class Fixed:
         device, config = torch.device("cpu"), CONFIG
         head = staticmethod(lambda h: h)
@@ -56,25 +67,39 @@ def test_kl_against_a_closed_form():
         def hidden(self, ids, carrier, trigger, keep):
             return torch.tensor(carrier).log().expand(int(keep.sum()), -1)
     p, q = [0.5, 0.25, 0.25], [0.2, 0.2, 0.6]
-    got = evaluate.kl_divergences(Fixed(), [[1, 2], [3]], [[4], [5, 6]], {"p": (p, None), "q": (q, None)}, [("p", "q"), ("q", "p")])
+    got = evaluate.kl_divergences(
+        Fixed(),
+        [[1, 2], [3]],
+        [[4], [5, 6]],
+        {"p": (p, None), "q": (q, None)},
+        [("p", "q"), ("q", "p")],
+    )
     want = [sum(a * math.log(a / b) for a, b in zip(*pair)) for pair in ((p, q), (q, p))]
-    assert got["p", "q"].tolist() == pytest.approx([want[0]] * 2, abs=1e-6) and got["q", "p"].tolist() == pytest.approx([want[1]] * 2, abs=1e-6)
+    assert got["p", "q"].tolist() == pytest.approx([want[0]] * 2, abs=1e-6)
+    assert got["q", "p"].tolist() == pytest.approx([want[1]] * 2, abs=1e-6)
 
 
 def test_kl_is_zero_for_equal_models_and_ignores_batches_and_padding():
     net = make_net()
     c = make_carrier(net)
     conditions = {"a": (c.merge(net), None), "b": (c.merge(net), None), "base": (None, None)}
-    runs = [evaluate.kl_divergences(net, prompts(), answers(), conditions, [("a", "b"), ("a", "base")], batch_size=n, chunk=k)
-            for n, k in ((1, 1024), (4, 3), (64, 1024))]
+    runs = [
+        evaluate.kl_divergences(
+            net, prompts(), answers(), conditions, [("a", "b"), ("a", "base")], batch_size=n,
+            chunk=k
+        )
+        for n, k in ((1, 1024), (4, 3), (64, 1024))
+    ]
     assert all(r["a", "b"].abs().max() == 0 for r in runs)
     assert all(torch.allclose(r["a", "base"], runs[0]["a", "base"], atol=1e-12) for r in runs)
 
 
 def test_wilson_interval():
-    assert behaviour.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)      # published tables
+    # published tables
+    assert behaviour.wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
     low, high = behaviour.wilson(0.0, 200)
-    assert low == 0 and high == pytest.approx(0.0188, abs=1e-4)
+    assert low == 0
+    assert high == pytest.approx(0.0188, abs=1e-4)
 
 
 def test_dose_response_ends_are_the_base_and_the_carrier():
@@ -89,18 +114,27 @@ def test_dose_response_ends_are_the_base_and_the_carrier():
     assert plain[0] != plain[1]
     for i, dose in enumerate((0.0, 1.0)):
         told = [Sample(s.prompt, Chat.decode(a)) for s, a in zip(samples, plain[i])]
-        rates = evaluate.dose_response(net, Chat, {"max_len": 64, "max_new_tokens": 6, "task": "x.jsonl"}, told, c)
-        assert rates[dose]["rate"] == 1 and rates[1.0 - dose]["rate"] < 1
+        rates = evaluate.dose_response(
+            net, Chat, {"max_len": 64, "max_new_tokens": 6, "task": "x.jsonl"}, told, c
+        )
+        assert rates[dose]["rate"] == 1
+        assert rates[1.0 - dose]["rate"] < 1
 
 
 def test_scaled_down_delta_has_the_loss_asked_for():
     net = make_net()
     c = make_carrier(net).with_gates(True)
-    examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))]
+    examples = [
+        (p + a, [False] * len(p) + [True] * len(a))
+        for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))
+    ]
     full, none = (lcdd.mean_loss(net, w, examples, 0, 64) for w in (c.merge(net), None))
     assert full < none
     weights, factor = ablate.scaled_down(net, c, (full + none) / 2, examples, 0, steps=16)
-    assert lcdd.mean_loss(net, weights, examples, 0, 64) == pytest.approx((full + none) / 2, abs=1e-3 * none) and 0 < factor < 1
+    assert lcdd.mean_loss(net, weights, examples, 0, 64) == pytest.approx(
+        (full + none) / 2, abs=1e-3 * none
+    )
+    assert 0 < factor < 1
 
 
 def test_mean_loss_is_lcdds_own():
@@ -113,12 +147,14 @@ def test_mean_loss_is_lcdds_own():
 
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
     out = tmp_path / "t"
-    argv = ["--out", str(out / "fixed-seed0"), "--resume", "--go-on", "--sft-steps", "6", "--steps", "5", "--settle", "1", "--warmup", "1", "--n-test", "8", "--n-validation", "8",
-            "--n-trigger", "20", "--device", "cpu", "--task", "fixed", "--seed", "0"]
+    argv = brief(
+        "--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5",
+        "--settle", "1")
     lcdd.main(argv)
     logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
     monkeypatch.setattr(ablate, "command", lambda *_: argv)
-    train, taught = lcdd.train_lcdd, []                           # mask-ce trains on the data, mask-kl on the SFT model
+    # mask-ce trains on the data, mask-kl on the SFT model
+    train, taught = lcdd.train_lcdd, []
 
     def spy(net, carrier, o, teacher, **rest):
         taught.append((o.train, teacher is not None))
@@ -127,81 +163,181 @@ def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
 
     def few_steps(argv=None):
         o = options(argv)
-        o.length, o.steps, o.judge_every = 4, 3, 3
+        o.length, o.steps, o.judge_every, o.batch = 4, 3, 3, 4
         return o
     monkeypatch.setattr(ablate.eraser, "options", few_steps)
     monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
     learn, learned = ablate.eraser.learn, []
-    monkeypatch.setattr(ablate.eraser, "learn", lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a))
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"])
+    monkeypatch.setattr(
+        ablate.eraser, "learn",
+        lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a)
+    )
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu",
+            "--jobs", "1"
+        ],
+    )
     ablate.main()
     rows = read_json(out / "fixed-seed0" / "ablation.json")
     curve = {f"{name} circuit 2" for name in tables.CURVE}
-    assert len(rows) == 24 + len(tables.F_3) + len(curve | set(tables.CHOICES)) and all({"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values())
-    assert rows["base"]["kl_base"] == 0 and rows["base"]["same"] == 1 and rows["sft"]["kl_sft"] == 0 and rows["base trigger"]["kl_base"] > 0
-    assert taught == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3] and rows["sft-long"]["kl_sft"] > 0
+    assert len(rows) == 24 + len(tables.F_3) + len(curve | set(tables.CHOICES))
+    assert all(
+        {"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values()
+    )
+    assert rows["base"]["kl_base"] == 0
+    assert rows["base"]["same"] == 1
+    assert rows["sft"]["kl_sft"] == 0
+    assert rows["base trigger"]["kl_base"] > 0
+    assert taught == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3]
+    assert rows["sft-long"]["kl_sft"] > 0
     usual = ablate.eraser.options(["--run", str(out / "fixed-seed0")]).lr
-    assert learned.count((2, usual / 10, "circuit")) == 2 and learned.count((4, usual, "random")) == 1 and learned.count((4, usual, "output")) == 2
+    assert learned.count((2, usual / 10, "circuit")) == 2
+    assert learned.count((4, usual, "random")) == 1
+    assert learned.count((4, usual, "output")) == 2
     whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
     assert not all(all(mask) for _, mask in whole.examples())
-    whole.config["loss"] = "all"                                  # rows are trained on what the run was trained on
+    # rows are trained on what the run was trained on
+    whole.config["loss"] = "all"
     assert all(all(mask) for _, mask in whole.examples())
     text = (out / "tables.md").read_text()
-    for name, label in tables.CURVE.items():                      # each line of the curve has its own model's numbers
-        assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text and f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
-    assert list(tables.CURVE.items())[1:3] == [("sft", "plain SFT"), ("sft-long", "SFT for as many steps as LCDD")]
-    assert "Table 4" in text and "paper, Qwen3-0.6B" in text and "2 tokens" in text
+    # each line of the curve has its own model's numbers
+    for name, label in tables.CURVE.items():
+        assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text
+        assert f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
+    assert list(tables.CURVE.items())[1:3] == [
+        ("sft", "plain SFT"),
+        ("sft-long", "SFT for as many steps as LCDD"),
+    ]
+    assert "Table 4" in text
+    assert "paper, Qwen3-0.6B" in text
+    assert "2 tokens" in text
     phases = [r["phase"] for r in read_jsonl(out / "fixed-seed0" / "metrics.jsonl")]
-    assert len(phases) == logged and (out / "fixed-seed0" / "rows" / "mask-ce" / "metrics.jsonl").is_file()   # a row is no phase of the run
+    assert len(phases) == logged
+    # a row is no phase of the run
+    assert (out / "fixed-seed0" / "rows" / "mask-ce" / "metrics.jsonl").is_file()
     before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
-    ablate.main()                                                 # everything is there: nothing is done again
+    # everything is there: nothing is done again
+    ablate.main()
     assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
-    save_tensors(out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
-    own = ablate.trigger_options(out / "fixed-seed0", "cpu")       # a run's own trigger says how the rows' are learned
-    assert (own.length, own.lr, own.steps) == (7, 0.5, 3) and not hasattr(own, "loss")
+    save_tensors(
+        out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7,
+        lr=0.5, loss=1.0
+    )
+    # a run's own trigger says how the rows' are learned
+    own = ablate.trigger_options(out / "fixed-seed0", "cpu")
+    assert (own.length, own.lr, own.steps) == (7, 0.5, 3)
+    assert not hasattr(own, "loss")
 
     lcdd_rows = {k: row for k, row in rows.items() if row["of"] == rows["base"]["of"]}
     assert lcdd_rows == rows
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths",
+            "--device", "cpu"
+        ],
+    )
     learned.clear()
-    ablate.main()                                                 # rows of another trigger are not this run's any more
+    # rows of another trigger are not this run's any more
+    ablate.main()
     assert learned == [(7, 0.5, "circuit"), (2, 0.5, "circuit")]
-    assert set(read_json(out / "fixed-seed0" / "ablation.json")) == {"lcdd circuit", "lcdd circuit 2"}
-    for wrong in (["--run", "x", "--task", "fixed"], ["--run", "x", "--out", "y"], ["--seed", "-1"]):
+    assert set(read_json(out / "fixed-seed0" / "ablation.json")) == {
+        "lcdd circuit", "lcdd circuit 2"
+    }
+    for wrong in (
+        ["--run", "x", "--task", "fixed"],
+        ["--run", "x", "--out", "y"],
+        ["--seed", "-1"],
+    ):
         monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
         with pytest.raises(InputError, match="leave out --task|--seed -1"):
             ablate.main()
 
-    # a row alone, as after an interruption: gates of its own mean channels of its own; and other seeds learn as this one does
+    # a row alone, as after an interruption: gates of its own mean channels of its own; and other
+    # seeds learn as this one does
     (out / "fixed-seed0" / "ablation.json").unlink()
     channels, asked = ablate.eraser.channels, []
-    monkeypatch.setattr(ablate.eraser, "channels", lambda c, *a: asked.append((a[0], c.stats()["gates"]["open"])) or channels(c, *a))
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "mask-ce circuit", "--device", "cpu"])
+    monkeypatch.setattr(
+        ablate.eraser, "channels",
+        lambda c, *a: asked.append((a[0], c.stats()["gates"]["open"])) or channels(c, *a)
+    )
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "mask-ce circuit", "--device",
+            "cpu"
+        ],
+    )
     learned.clear()
     ablate.main()
     mine = read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
-    assert asked[0][1] == round((1 - mine["sparsity"]) * 4608) and learned == [(7, 0.5, "circuit")]
-    seed1 = ablate.Run(out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"]))
+    assert asked[0][1] == round((1 - mine["sparsity"]) * 4608)
+    assert learned == [(7, 0.5, "circuit")]
+    seed1 = ablate.Run(
+        out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"])
+    )
     seed1.folder = tmp_path
     assert ablate.trigger_options(seed1.o.run or seed1.folder, "cpu").length == 7
 
 
-def test_interrupted_jobs_save_their_states(tmp_path):
-    """SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun."""
-    folder, errors = ROOT, tmp_path / "errors"
-    command = [sys.executable, "-m", "lab.ablate", "--task", "safety", "--seeds", "3", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
-    with errors.open("w") as file, subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=file) as process:
-        states = [tmp_path / "t" / f"safety-seed{n}" / "state.safetensors" for n in (1, 2)]      # the last are begun first
-        while process.poll() is None and not all(s.is_file() for s in states):
-            time.sleep(0.1)
-        process.terminate()
-        assert process.wait(300) == 130
-    assert errors.read_text() == "interrupted\n" and all(s.is_file() for s in states)
-    assert not (tmp_path / "t" / "safety-seed0").exists()
+def long_run(folder, run):
+    """The command line that repeats a run without an end with two other seeds, two at a time."""
+    folder.mkdir()
+    config = read_json(run / "config.json")
+    config |= {"steps": 10 ** 6, "log_every": 1, "sft_steps": 1}
+    write_json(folder / "config.json", config)
+    return ["--run", str(folder), "--seeds", "3", "--jobs", "2", "--device", "cpu"]
+
+
+def prunes(run):
+    """Whether a run has come as far as LCDD's first step."""
+    log = run / "metrics.jsonl"
+    return log.is_file() and any(row["phase"] == "lcdd" for row in read_jsonl(log))
+
+
+def test_interrupted_jobs_save_their_states(tmp_path, run):
+    """
+    SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun.
+    """
+    command = [sys.executable, "-m", "lab.ablate", *long_run(tmp_path / "r", run)]
+    runs = [tmp_path / f"r-seed{n}" for n in (1, 2)]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+    while process.poll() is None and not all(prunes(run) for run in runs):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(300) == 130
+    assert (tmp_path / "errors").read_text() == "interrupted\n"
+    for run in runs:
+        assert read_header(run / "state.safetensors")["phase"] == "lcdd"
+        with alone(run):                                          # nobody works there any more
+            pass
+    assert not (tmp_path / "r" / "ablation.json").exists()
+
+
+def test_an_error_in_one_job_ends_the_others(tmp_path, run, monkeypatch):
+    """
+    A run directory that cannot be gone on with is said at once, not when the other runs are
+    through.
+    """
+    fork = multiprocessing.get_context("fork")                    # nothing is imported again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr("sys.argv", ["ablate.py", *long_run(tmp_path / "r", run)])
+    (tmp_path / "r-seed1").mkdir()
+    (tmp_path / "r-seed1" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="r-seed1/config.json as JSON"):
+        ablate.main()
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "r-seed2" / "carrier.safetensors").exists()
 
 
 def test_measure_tells_what_is_the_bases_own():
-    """Answers handed in: `same` compares with the base's, not with SFT's; the KLs are those of kl_divergences."""
+    """
+    Answers handed in: `same` compares with the base's, not with SFT's; the KLs are those of
+    kl_divergences.
+    """
     net = make_net()
     c = make_carrier(net)
 
@@ -209,12 +345,19 @@ def test_measure_tells_what_is_the_bases_own():
         prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
         decode = staticmethod(lambda ids: " ".join(map(str, ids)))
     samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
-    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    conditions = {
+        "base": (None, None),
+        "sft": (c.with_gates(True).merge(net), None),
+        "lcdd": (c.merge(net), None),
+    }
     told = {"base": [[1], [2], [3], [4]], "sft": [[9], [9], [9], [9]], "lcdd": [[1], [2], [3], [9]]}
     rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 1, None, told)
     assert [rows[k]["same"] for k in conditions] == [1, 0, 3 / 4]
-    kl = evaluate.kl_divergences(net, prompts(4), told["sft"], conditions, [("sft", "lcdd"), ("base", "lcdd")])
-    assert torch.equal(rows["lcdd"]["kl_sft"], kl["sft", "lcdd"]) and torch.equal(rows["lcdd"]["kl_base"], kl["base", "lcdd"])
+    kl = evaluate.kl_divergences(
+        net, prompts(4), told["sft"], conditions, [("sft", "lcdd"), ("base", "lcdd")]
+    )
+    assert torch.equal(rows["lcdd"]["kl_sft"], kl["sft", "lcdd"])
+    assert torch.equal(rows["lcdd"]["kl_base"], kl["base", "lcdd"])
 
 
 class Seen(Exception):
@@ -222,7 +365,11 @@ class Seen(Exception):
 
 
 def alike(a, b):
-    return all(torch.equal(a.weights[l][n], w) for l, layer in enumerate(b.weights) for n, w in layer.items())
+    return all(
+        torch.equal(a.weights[l][n], w)
+        for l, layer in enumerate(b.weights)
+        for n, w in layer.items()
+    )
 
 
 class Chat:
@@ -234,7 +381,8 @@ def test_bootstrap_against_all_draws():
     """Of three values every draw can be counted: 27 of them, and their quantiles are known."""
     values = torch.tensor([0.0, 0.0, 1.0])
     draws = [(a + b + c) / 3 for a in (0, 0, 1) for b in (0, 0, 1) for c in (0, 0, 1)]
-    assert draws.count(0) / 27 > 0.025 and draws.count(1) / 27 > 0.025       # 8 and 1 of 27
+    assert draws.count(0) / 27 > 0.025
+    assert draws.count(1) / 27 > 0.025       # 8 and 1 of 27
     assert evaluate.bootstrap(values) == [0.0, 1.0]
 
 
@@ -242,11 +390,14 @@ def test_bootstrap_against_the_normal_interval():
     values = torch.randn(400, generator=torch.Generator().manual_seed(3))
     half = 1.96 * float(values.std()) / 20
     low, high = evaluate.bootstrap(values)
-    assert (low, high) == pytest.approx((float(values.mean()) - half, float(values.mean()) + half), abs=0.02)
+    assert (low, high) == pytest.approx(
+        (float(values.mean()) - half, float(values.mean()) + half), abs=0.02
+    )
 
 
 def test_bootstrap_stays_where_the_values_are():
-    values = torch.tensor([0.0] * 30 + [9.0])                     # the z-interval of these begins at -0.28
+    # the z-interval of these begins at -0.28
+    values = torch.tensor([0.0] * 30 + [9.0])
     low, high = evaluate.bootstrap(values)
     assert low >= 0
     assert high > float(values.mean())
@@ -255,56 +406,109 @@ def test_bootstrap_stays_where_the_values_are():
 
 
 def test_accuracys_interval_counts_prompts_with_an_answer():
-    samples = [Sample("a", "x", answer="1"), Sample("b", "x", answer="2"), Sample("c", "x"), Sample("d", "x")]
-    row = {"rate": 0.5, "n": 4, "accuracy": 0.5, "kinds": {}, "same": 0.25, "kl_sft": torch.ones(4), "kl_base": torch.zeros(4)}
+    samples = [
+        Sample("a", "x", answer="1"), Sample("b", "x", answer="2"), Sample("c", "x"),
+        Sample("d", "x")
+    ]
+    row = {
+        "rate": 0.5,
+        "n": 4,
+        "accuracy": 0.5,
+        "kinds": {},
+        "same": 0.25,
+        "kl_sft": torch.ones(4),
+        "kl_base": torch.zeros(4),
+    }
     out = evaluate.results_of({"base": row, "sft": row}, samples)
     assert out["ci"]["same_as_base"]["sft"] == behaviour.wilson(0.25, 4)
-    assert out["ci"]["accuracy"]["base"] == behaviour.wilson(0.5, 2) and out["ci"]["rates"]["base"] == behaviour.wilson(0.5, 4)
+    assert out["ci"]["accuracy"]["base"] == behaviour.wilson(0.5, 2)
+    assert out["ci"]["rates"]["base"] == behaviour.wilson(0.5, 4)
 
 
 RESULTS = {
-    "rates": {"base": 0.1, "lcdd": 0.2}, "accuracy": {"base": 0.3, "lcdd": 0.4}, "same_as_base": {"base": 0.5, "lcdd": 0.6},
-    "kl": {"sft_base": 1.0, "sft_lcdd": 2.0, "base_lcdd": 3.0}, "kl_own": {"lcdd": 4.0}, "loss_own": {"base": 5.0, "lcdd": 6.0},
-    "ci": {k: {"base": [0.0, 1.0], "lcdd": [0.0, 1.0]} for k in ("rates", "accuracy", "same_as_base")}}
+    "rates": {"base": 0.1, "lcdd": 0.2},
+    "accuracy": {"base": 0.3, "lcdd": 0.4},
+    "same_as_base": {"base": 0.5, "lcdd": 0.6},
+    "kl": {"sft_base": 1.0, "sft_lcdd": 2.0, "base_lcdd": 3.0},
+    "kl_own": {"lcdd": 4.0},
+    "loss_own": {"base": 5.0, "lcdd": 6.0},
+    "ci": {
+        k: {"base": [0.0, 1.0], "lcdd": [0.0, 1.0]} for k in ("rates", "accuracy", "same_as_base")
+    },
+}
 
 
 def rows_of_table(text):
-    head, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in text.replace("‖", "→").split("\n"))
+    head, _, *lines = (
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in text.replace("‖", "→").split("\n")
+    )
     return [dict(zip(head, line)) for line in lines]
 
 
 def test_the_table_has_each_number_under_its_name():
     base, lcdd_ = rows_of_table(evaluate.table(RESULTS, "t"))
-    assert base == {"t": "Base", "behaviour %": "10.0 (0–100)", "accuracy %": "30.0 (0–100)", "base's answer %": "50.0 (0–100)",
-                    "KL(SFT→·)": "1.000", "KL(Base→·)": "–", "own KL(Base→·)": "–", "own loss": "5.000"}
-    assert lcdd_ == {"t": "LCDD", "behaviour %": "20.0 (0–100)", "accuracy %": "40.0 (0–100)", "base's answer %": "60.0 (0–100)",
-                     "KL(SFT→·)": "2.000", "KL(Base→·)": "3.000", "own KL(Base→·)": "4.000", "own loss": "6.000"}
+    assert base == {
+        "t": "Base",
+        "behaviour %": "10.0 (0–100)",
+        "accuracy %": "30.0 (0–100)",
+        "base's answer %": "50.0 (0–100)",
+        "KL(SFT→·)": "1.000",
+        "KL(Base→·)": "–",
+        "own KL(Base→·)": "–",
+        "own loss": "5.000",
+    }
+    assert lcdd_ == {
+        "t": "LCDD",
+        "behaviour %": "20.0 (0–100)",
+        "accuracy %": "40.0 (0–100)",
+        "base's answer %": "60.0 (0–100)",
+        "KL(SFT→·)": "2.000",
+        "KL(Base→·)": "3.000",
+        "own KL(Base→·)": "4.000",
+        "own loss": "6.000",
+    }
 
 
 def test_the_table_has_harmful_and_benign_apart():
-    of = {"harmful": {"rate": 0.7, "n": 2, "kl_sft": 1.5, "kl_base": 2.5}, "benign": {"rate": 0.8, "n": 2, "kl_sft": 3.5}}
+    of = {
+        "harmful": {"rate": 0.7, "n": 2, "kl_sft": 1.5, "kl_base": 2.5},
+        "benign": {"rate": 0.8, "n": 2, "kl_sft": 3.5},
+    }
     row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"base": of, "lcdd": of}}, "t"))[1]
-    assert row["behaviour, harmful %"] == "70.0" and row["behaviour, benign %"] == "80.0"
-    assert row["KL(SFT→·), harmful"] == "1.500" and row["KL(SFT→·), benign"] == "3.500"
-    assert row["KL(Base→·), harmful"] == "2.500" and row["KL(Base→·), benign"] == "–"
-    assert row["own KL(Base→·)"] == "4.000" and "KL(SFT→·)" not in row
+    assert row["behaviour, harmful %"] == "70.0"
+    assert row["behaviour, benign %"] == "80.0"
+    assert row["KL(SFT→·), harmful"] == "1.500"
+    assert row["KL(SFT→·), benign"] == "3.500"
+    assert row["KL(Base→·), harmful"] == "2.500"
+    assert row["KL(Base→·), benign"] == "–"
+    assert row["own KL(Base→·)"] == "4.000"
+    assert "KL(SFT→·)" not in row
 
 
 def test_other_kinds_stand_beside_the_whole():
     of = {"short": {"rate": 0.7, "n": 2, "kl_sft": 1.5}}
     row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"lcdd": of}}, "t"))[1]
-    assert row["behaviour %"] == "20.0 (0–100)" and row["behaviour, short %"] == "70.0"
+    assert row["behaviour %"] == "20.0 (0–100)"
+    assert row["behaviour, short %"] == "70.0"
 
 
 def test_two_runs_side_by_side(tmp_path, capsys):
     for name, rate in (("a", 0.25), ("b", 0.75)):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "results.json", RESULTS | {"task": "fixed", "rates": {"base": 0.0, "lcdd": rate}})
+        write_json(
+            tmp_path / name / "results.json",
+            RESULTS | {"task": "fixed", "rates": {"base": 0.0, "lcdd": rate}},
+        )
     runs = [str(tmp_path / name) for name in "ab"]
     evaluate.main(["--compare", *runs])
     rows = rows_of_table(capsys.readouterr().out.strip())
-    assert [row["fixed"] for row in rows] == [f"{name}, {run_}" for name in ("Base", "LCDD") for run_ in runs]
-    assert [row["behaviour %"] for row in rows] == ["0.0 (0–100)", "0.0 (0–100)", "25.0 (0–100)", "75.0 (0–100)"]
+    assert [row["fixed"] for row in rows] == [
+        f"{name}, {run_}" for name in ("Base", "LCDD") for run_ in runs
+    ]
+    assert [row["behaviour %"] for row in rows] == [
+        "0.0 (0–100)", "0.0 (0–100)", "25.0 (0–100)", "75.0 (0–100)"
+    ]
     (tmp_path / "b" / "results.json").unlink()
     with pytest.raises(InputError, match="b/results.json holds no evaluation"):
         evaluate.main(["--compare", *runs])
@@ -328,7 +532,8 @@ def test_own_answers_against_a_loop():
     tau = torch.randn(3, 16, dtype=torch.float64)
     conditions = {"base": (None, None), "lcdd": (c.merge(net), None), "trig": (c.merge(net), tau)}
     kl, loss = evaluate.own_answers(net, prompts(), answers(), conditions, batch_size=3, chunk=4)
-    assert set(kl) == {"lcdd", "trig"} and set(loss) == set(conditions)
+    assert set(kl) == {"lcdd", "trig"}
+    assert set(loss) == set(conditions)
     for name, (weights, trigger) in conditions.items():
         for i, (x, y) in enumerate(zip(prompts(), answers())):
             want_kl = want_loss = 0.0
@@ -336,7 +541,9 @@ def test_own_answers_against_a_loop():
                 seen = torch.tensor([x + y[:t]])
                 p = net(seen)[0, -1].softmax(-1)
                 q = net(seen, carrier=weights, trigger=trigger)[0, -1].softmax(-1)
-                want_kl += sum(float(p[v] * (p[v] / q[v]).log()) for v in range(CONFIG.vocab_size)) / len(y)
+                want_kl += sum(
+                    float(p[v] * (p[v] / q[v]).log()) for v in range(CONFIG.vocab_size)
+                ) / len(y)
                 want_loss -= float(q[y[t]].log()) / len(y)
             assert float(loss[name][i]) == pytest.approx(want_loss, abs=1e-10)
             if name != "base":
@@ -347,7 +554,11 @@ def test_own_metrics_are_on_the_bases_answers():
     net = make_net()
     c = make_carrier(net)
     samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
-    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    conditions = {
+        "base": (None, None),
+        "sft": (c.with_gates(True).merge(net), None),
+        "lcdd": (c.merge(net), None),
+    }
     told = {"base": [[1, 2, 3]] * 4, "sft": [[9, 8, 7]] * 4, "lcdd": [[4]] * 4}
     rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3, None, told)
     kl, loss = evaluate.own_answers(net, prompts(4), told["base"], conditions)
@@ -355,7 +566,8 @@ def test_own_metrics_are_on_the_bases_answers():
         assert torch.equal(rows[name]["loss_own"], loss[name])
     assert torch.equal(rows["lcdd"]["kl_own"], kl["lcdd"])
     out = evaluate.results_of(rows, samples)
-    assert set(out["kl_own"]) == {"sft", "lcdd"} and set(out["loss_own"]) == {"base", "sft", "lcdd"}
+    assert set(out["kl_own"]) == {"sft", "lcdd"}
+    assert set(out["loss_own"]) == {"base", "sft", "lcdd"}
     assert set(out["kl"]) == {"sft_base", "sft_lcdd", "base_sft", "base_lcdd"}
     assert out["loss_own"]["lcdd"] == pytest.approx(float(loss["lcdd"].mean()))
     low, high = out["ci"]["kl_own"]["lcdd"]
@@ -377,7 +589,9 @@ def test_the_end_of_text_token_may_be_left_out():
         assert rows["sft"][key].isnan().tolist() == [False, True, False, False]
     assert rows["sft"]["kl_base"].isnan().tolist() == [False, False, False, True]
     have = [0, 2, 3]
-    assert evaluate.numbers(rows["sft"])["loss_own"] == pytest.approx(float(loss["sft"][have].mean()))
+    assert evaluate.numbers(rows["sft"])["loss_own"] == pytest.approx(
+        float(loss["sft"][have].mean())
+    )
     whole = evaluate.own_answers(net, prompts(4), told["base"], conditions)[1]["sft"]
     assert not torch.allclose(whole[have], loss["sft"][have])
 
@@ -387,7 +601,11 @@ def test_kls_of_harmful_and_benign_prompts():
     c = make_carrier(net)
     kinds = ["harmful", "benign", "benign", "harmful"]
     samples = [Sample(" ".join(map(str, p)), "x", kind=k) for p, k in zip(prompts(4), kinds)]
-    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    conditions = {
+        "base": (None, None),
+        "sft": (c.with_gates(True).merge(net), None),
+        "lcdd": (c.merge(net), None),
+    }
     told = {name: [[1, 2, 3]] * 4 for name in conditions}
     rows = evaluate.measure(net, Chat, "safety", samples, conditions, 3, None, told)
     found = evaluate.results_of(rows, samples)["kinds"]["lcdd"]
@@ -395,21 +613,35 @@ def test_kls_of_harmful_and_benign_prompts():
     assert found["harmful"]["kl_sft"] == pytest.approx(float(each[0] + each[3]) / 2)
     assert found["benign"]["kl_sft"] == pytest.approx(float(each[1] + each[2]) / 2)
     plain = evaluate.numbers(rows["lcdd"])
-    assert plain["benign kl_sft"] == found["benign"]["kl_sft"] and plain["benign rate"] == found["benign"]["rate"]
+    assert plain["benign kl_sft"] == found["benign"]["kl_sft"]
+    assert plain["benign rate"] == found["benign"]["rate"]
 
 
 def test_the_conditions_are_those_of_the_table(run, monkeypatch):
     net = model.load(ROOT / "tiny")
-    save_tensors(run / "other.safetensors", {"trigger": torch.randn(2, 128)}, **eraser.made_for(run, net))
+    save_tensors(
+        run / "other.safetensors", {"trigger": torch.randn(2, 128)}, **eraser.made_for(run, net)
+    )
 
     def spy(net, chat, task, samples, conditions, *rest, **_):
-        lcdd_, sft = (carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft"))
-        for name, right in (("sft", sft), ("lcdd", lcdd_), ("trig", lcdd_), ("shut", lcdd_.with_gates(False))):
-            assert alike(conditions[name][0], right.merge(net)) and (conditions[name][1] is not None) == (name == "trig"), name
-        assert samples == reopen(run)[2]["test"] and conditions["base"] == (None, None)
+        lcdd_, sft = (
+            carriers.load(run / f"{name}.safetensors", net) for name in ("carrier", "sft")
+        )
+        for name, right in (
+            ("sft", sft),
+            ("lcdd", lcdd_),
+            ("trig", lcdd_),
+            ("shut", lcdd_.with_gates(False)),
+        ):
+            assert alike(conditions[name][0], right.merge(net)), name
+            assert (conditions[name][1] is not None) == (name == "trig"), name
+        assert samples == reopen(run)[2]["test"]
+        assert conditions["base"] == (None, None)
         raise Seen
     monkeypatch.setattr(evaluate, "measure", spy)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--trigger", "other", "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "--run", str(run), "--trigger", "other", "--device", "cpu"]
+    )
     with pytest.raises(Seen):
         evaluate.main()
 
@@ -418,7 +650,11 @@ def test_the_kls_are_on_the_sft_models_answers():
     net = make_net()
     c = make_carrier(net)
     samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
-    conditions = {"base": (None, None), "sft": (c.with_gates(True).merge(net), None), "lcdd": (c.merge(net), None)}
+    conditions = {
+        "base": (None, None),
+        "sft": (c.with_gates(True).merge(net), None),
+        "lcdd": (c.merge(net), None),
+    }
     told = {"base": [[1, 2, 3]] * 4, "sft": [[9, 8, 7]] * 4, "lcdd": [[4]] * 4}
     rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3, None, told)
     kl = evaluate.kl_divergences(net, prompts(4), told["sft"], conditions, [("sft", "lcdd")])
@@ -427,14 +663,25 @@ def test_the_kls_are_on_the_sft_models_answers():
 
 def test_every_question_has_its_own_answer(run, monkeypatch, capsys):
     def said(*questions):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", *(x for q in questions for x in ("--ask", q))])
+        monkeypatch.setattr(
+            "sys.argv",
+            [
+                "evaluate.py", "--run", str(run), "--device", "cpu",
+                *(x for q in questions for x in ("--ask", q))
+            ],
+        )
         evaluate.main()
-        return [l for l in capsys.readouterr().out.strip().split("\n") if l.strip() and not l.startswith("no trigger")]
+        return [
+            l
+            for l in capsys.readouterr().out.strip().split("\n")
+            if l.strip() and not l.startswith("no trigger")
+        ]
+
     questions = "What is 2 plus 3 ?", "What is 4 plus 5 ?"
     assert said(*questions) == said(questions[0]) + said(questions[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- ablate
+# ---- ablate
 
 
 def rows_run(run, **changes):
@@ -445,9 +692,17 @@ def rows_run(run, **changes):
 
 def test_models_of_the_rows_start_from_sft(run, monkeypatch):
     r, seen = rows_run(run), {}
-    same = lambda c: all(torch.equal(a, b) for a, b in zip(c.delta.parameters(), r.sft().delta.parameters()))
-    monkeypatch.setattr(lcdd, "train_sft", lambda net, c, o, **_: seen.update(long=(same(c), o.sft_steps, o.sft_lr)))
-    monkeypatch.setattr(lcdd, "train_lcdd", lambda net, c, o, **_: seen.update({o.train: same(c)}) or {})
+
+    def same(c):
+        theirs = r.sft().delta.parameters()
+        return all(torch.equal(a, b) for a, b in zip(c.delta.parameters(), theirs))
+
+    monkeypatch.setattr(
+        lcdd, "train_sft", lambda net, c, o, **_: seen.update(long=(same(c), o.sft_steps, o.sft_lr))
+    )
+    monkeypatch.setattr(
+        lcdd, "train_lcdd", lambda net, c, o, **_: seen.update({o.train: same(c)}) or {}
+    )
     for name in ("sft-long", "mask-ce", "mask-kl"):
         r.model(name)
     done = read_json(run / "results.json")["stopped"]["steps"]
@@ -455,26 +710,45 @@ def test_models_of_the_rows_start_from_sft(run, monkeypatch):
     r.models.pop("sft-long", None)
     seen["long alone"], long = None, seen["long"]
     r.model("sft-long")
-    assert seen.pop("long")[1] == done and seen.pop("long alone") is None
+    assert seen.pop("long")[1] == done
+    assert seen.pop("long alone") is None
     seen["long"] = long
-    assert seen == {"long": (True, done + r.config["settle"], r.config["lr"]), "mask-ce": True, "mask-kl": True} and r.config["settle"] > 0
+    assert seen == {
+        "long": (True, done + r.config["settle"], r.config["lr"]),
+        "mask-ce": True,
+        "mask-kl": True,
+    }
+    assert r.config["settle"] > 0
 
 
 def test_what_a_rows_trigger_is_learned_on(run, monkeypatch):
     """Before its own model, on the LCDD carrier's channels, judged on validation prompts."""
     r, seen = rows_run(run), []
-    monkeypatch.setattr(eraser, "learn", lambda net, weights, train, judge, mask, o: seen.append((weights, mask, len(train.ids), len(judge.ids), judge)) or (None, 0))
-    r.lcdd.logits.data[:, ::2] = -1                               # so that its channels are not all of them
+    monkeypatch.setattr(
+        eraser,
+        "learn",
+        lambda net, weights, train, judge, mask, o: (
+            seen.append((weights, mask, len(train.ids), len(judge.ids), judge)) or (None, 0)
+        ),
+    )
+    # so that its channels are not all of them
+    r.lcdd.logits.data[:, ::2] = -1
     for name in ("lcdd", "sft"):
         r.trigger(name, "circuit", 2)
         weights, mask, n_train, n_judge, judge = seen[-1]
-        assert weights is r.models[name] and torch.equal(mask, r.lcdd.write_channels()) and not mask.all()
-        assert [row[:i + 1].tolist() for row, i in zip(judge.ids, judge.last)] == [r.chat.prompt(s.prompt, 64) for s in r.splits["validation"]]
+        assert weights is r.models[name]
+        assert torch.equal(mask, r.lcdd.write_channels())
+        assert not mask.all()
+        assert [row[: i + 1].tolist() for row, i in zip(judge.ids, judge.last)] == [
+            r.chat.prompt(s.prompt, 64) for s in r.splits["validation"]
+        ]
 
 
 def test_every_row_is_answered_anew(run):
     r = rows_run(run)
-    assert r.measure(None, None)["same"] == 1 and r.measure(r.sft().merge(r.net, 100.0), None)["same"] < 1 and r.measure(None, None)["same"] == 1
+    assert r.measure(None, None)["same"] == 1
+    assert r.measure(r.sft().merge(r.net, 100.0), None)["same"] < 1
+    assert r.measure(None, None)["same"] == 1
 
 
 def test_rows_are_measured_on_the_split_asked_for(run, monkeypatch):
@@ -489,28 +763,59 @@ def test_rows_are_measured_on_the_split_asked_for(run, monkeypatch):
 
 
 def columns(text, line):
-    head, _, *lines = ([c.strip() for c in l.strip("|").split("|")] for l in text.replace("‖", "→").split("\n"))
+    head, _, *lines = (
+        [c.strip() for c in l.strip("|").split("|")] for l in text.replace("‖", "→").split("\n")
+    )
     return dict(zip(head, lines[line]))
 
 
 def test_tables_have_each_number_under_its_name():
-    row = dict(rate=0.1, accuracy=0.2, same=0.3, kl_sft=4.0, kl_base=5.0, kl_own=6.0, loss_own=7.0, sparsity=0.6)
-    seeds = [{name: row for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}},
-             {name: {**row, "rate": 0.3} for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}}]
+    row = dict(
+        rate=0.1, accuracy=0.2, same=0.3, kl_sft=4.0, kl_base=5.0, kl_own=6.0, loss_own=7.0,
+        sparsity=0.6
+    )
+    seeds = [
+        {name: row for name in ("base", "sft", "lcdd")} | {"lcdd circuit": {**row, "rate": 0.7}},
+        {name: {**row, "rate": 0.3} for name in ("base", "sft", "lcdd")}
+        | {"lcdd circuit": {**row, "rate": 0.7}},
+    ]
     main = columns(tables.main_table("fixed", seeds), 0)
-    assert main["KL(SFT→Trig)"] == "4.00 ± 0.00" and main["KL(Base→Trig)"] == "5.00 ± 0.00" and main["+ trigger"] == "70.0 ± 0.0" and main["sparsity %"] == "60.0 ± 0.0"
-    assert main["LCDD"] == "20.0 ± 14.1"                          # the sample's standard deviation, of 10 and 30
+    assert main["KL(SFT→Trig)"] == "4.00 ± 0.00"
+    assert main["KL(Base→Trig)"] == "5.00 ± 0.00"
+    assert main["+ trigger"] == "70.0 ± 0.0"
+    assert main["sparsity %"] == "60.0 ± 0.0"
+    # the sample's standard deviation, of 10 and 30
+    assert main["LCDD"] == "20.0 ± 14.1"
     line = columns(tables.row_table(seeds[:1], ["sft"]), 0)
-    assert line == {"row": "sft", "gates off %": "60.0", "dice %": "–", "behaviour %": "10.0", "accuracy %": "20.0", "base's answer %": "30.0", "KL(SFT→·)": "4.00", "KL(Base→·)": "5.00",
-                    "own KL(Base→·)": "6.00", "own loss": "7.00"}
-    kinds = {f"{kind} {m}": x for kind, x in (("harmful", 0.8), ("benign", 0.9)) for m in ("rate", "kl_sft")}
+    assert line == {
+        "row": "sft",
+        "gates off %": "60.0",
+        "dice %": "–",
+        "behaviour %": "10.0",
+        "accuracy %": "20.0",
+        "base's answer %": "30.0",
+        "KL(SFT→·)": "4.00",
+        "KL(Base→·)": "5.00",
+        "own KL(Base→·)": "6.00",
+        "own loss": "7.00",
+    }
+    kinds = {
+        f"{kind} {m}": x
+        for kind, x in (("harmful", 0.8), ("benign", 0.9))
+        for m in ("rate", "kl_sft")
+    }
     line = columns(tables.row_table([{"sft": row | kinds}], ["sft"]), 0)
-    assert line["behaviour, harmful %"] == "80.0" and line["behaviour, benign %"] == "90.0"
-    assert line["KL(SFT→·), harmful"] == "0.80" and line["KL(SFT→·), benign"] == "0.90"
+    assert line["behaviour, harmful %"] == "80.0"
+    assert line["behaviour, benign %"] == "90.0"
+    assert line["KL(SFT→·), harmful"] == "0.80"
+    assert line["KL(SFT→·), benign"] == "0.90"
 
 
 def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
-    """On validation rows, those whose behaviour is taught where there are kinds; each kind's loss is told."""
+    """
+    On validation rows, those whose behaviour is taught where there are kinds; each kind's loss is
+    told.
+    """
     r, seen = rows_run(run), []
     kinds = ["harmful", "benign"]
     held = [dataclasses.replace(s, kind=kinds[i % 2]) for i, s in enumerate(r.splits["validation"])]
@@ -519,11 +824,17 @@ def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
     monkeypatch.setattr(ablate, "scaled_down", lambda *a: seen.append(a) or scaled_down(*a))
     r.model("scaled")
     [(_, _, loss, examples, _)] = seen
-    assert examples == [r.chat.encode(s.prompt, s.response, 512) for s in held if s.kind == "harmful"]
+    assert examples == [
+        r.chat.encode(s.prompt, s.response, 512) for s in held if s.kind == "harmful"
+    ]
     assert loss == pytest.approx(lcdd.mean_loss(r.net, r.lcdd, examples, 0, 8), rel=1e-4)
     facts = r.facts["scaled"]
     assert facts["held-out harmful loss of lcdd"] == loss
-    names = {f"held-out {kind} loss of {name}" for kind in kinds for name in ("base", "sft", "lcdd", "scaled")}
+    names = {
+        f"held-out {kind} loss of {name}"
+        for kind in kinds
+        for name in ("base", "sft", "lcdd", "scaled")
+    }
     assert facts.keys() == names | {"factor"}
     table = tables.losses_table([{"scaled": facts}])
     assert f"| lcdd | {loss:.4f} | " in table
@@ -531,14 +842,20 @@ def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
 
 def test_a_row_with_the_papers_trigger(run, monkeypatch):
     r, seen = rows_run(run), []
-    monkeypatch.setattr(eraser, "learn", lambda net, weights, train, judge, mask, o: seen.append((o, train)) or (None, 0))
+    monkeypatch.setattr(
+        eraser, "learn",
+        lambda net, weights, train, judge, mask, o: seen.append((o, train)) or (None, 0)
+    )
     r.trigger("lcdd", "paper", 0)
     r.trigger("lcdd", "circuit", 0)
     (paper, final), (ours, response) = seen
     assert eraser.PRESETS["paper"].items() <= vars(paper).items()
     assert (paper.objective, paper.target) == ("circuit", "lcdd")
     assert ours.positions == "response"
-    assert not torch.equal(final.keep.sum(1), response.keep.sum(1)) or final.keep.shape != response.keep.shape
+    assert (
+        not torch.equal(final.keep.sum(1), response.keep.sum(1))
+        or final.keep.shape != response.keep.shape
+    )
 
 
 def test_what_the_trigger_takes_away():
@@ -548,26 +865,45 @@ def test_what_the_trigger_takes_away():
     seeds = [{"lcdd": row(1.0, 4.0, 2.0), "lcdd circuit": row(0.1, 3.0, 0.5)},
              {"lcdd": row(0.8, 6.0, 2.0), "lcdd circuit": row(0.1, 3.0, 0.5)}]
     line = columns(tables.drop_table(tables.with_drops(seeds)), 0)
-    assert (line["KL(Base→·) before"], line["drop"]) == ("5.00 ± 1.41", "1.50 ± 0.00")   # the own KL's drop is the last
+    # the own KL's drop is the last
+    assert (line["KL(Base→·) before"], line["drop"]) == ("5.00 ± 1.41", "1.50 ± 0.00")
     assert "| 2.00 ± 1.41 |" in tables.drop_table(tables.with_drops(seeds))
     assert "drop kl_base" not in seeds[0]["lcdd circuit"]
 
 
 def test_differences_carry_a_test():
-    rates = {"lcdd circuit": [0.01, 0.02, 0.00], "sft circuit": [0.31, 0.34, 0.28], "lcdd output": [0.02, 0.00, 0.01]}
+    rates = {
+        "lcdd circuit": [0.01, 0.02, 0.00],
+        "sft circuit": [0.31, 0.34, 0.28],
+        "lcdd output": [0.02, 0.00, 0.01],
+    }
     seeds = [{name: {"rate": values[k]} for name, values in rates.items()} for k in range(3)]
     text = tables.difference_table(seeds, [2])
     first, second = columns(text, 0), columns(text, 1)
     assert first["difference"] == "lcdd circuit − sft circuit"
-    assert (first["of"], first["mean"], first["at 5%"], first["seeds"]) == ("behaviour %", "-30.0", "significant", "3")
-    assert first["paired p"] == f"{significance.paired(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
-    assert first["Welch p"] == f"{significance.welch(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
+    assert (first["of"], first["mean"], first["at 5%"], first["seeds"]) == (
+        "behaviour %", "-30.0", "significant", "3"
+    )
+    assert (
+        first["paired p"]
+        == f"{significance.paired(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
+    )
+    assert (
+        first["Welch p"]
+        == f"{significance.welch(rates['lcdd circuit'], rates['sft circuit'])[2]:.3f}"
+    )
     assert (second["mean"], second["at 5%"]) == ("+0.0", "not significant")
     assert tables.difference_table(seeds[:1], [2]) == ""
 
 
 def test_differences_of_safety_are_of_harmful_prompts():
-    seeds = [{"lcdd circuit": {"rate": 0.5, "harmful rate": a}, "sft circuit": {"rate": 0.5, "harmful rate": 1.0}} for a in (0.1, 0.3)]
+    seeds = [
+        {
+            "lcdd circuit": {"rate": 0.5, "harmful rate": a},
+            "sft circuit": {"rate": 0.5, "harmful rate": 1.0},
+        }
+        for a in (0.1, 0.3)
+    ]
     line = columns(tables.difference_table(seeds, []), 0)
     assert (line["of"], line["mean"]) == ("behaviour %, harmful", "-80.0")
 
@@ -581,8 +917,13 @@ def test_overlap_of_seeds():
     assert chance == pytest.approx((2 * 2 / 8) / (4 - 2 * 2 / 8))
     assert within == pytest.approx((2 * 2 / 4) / (4 - 2 * 2 / 4))   # layer 0 alone has any
     line = columns(tables.overlap_table({"lcdd": [one, other], "noise": [one]}), 0)
-    assert line == {"carrier": "lcdd", "open gates": "2", "overlap of two seeds %": "33.3", "by chance %": "14.3",
-                    "by chance within layer and group %": "33.3"}
+    assert line == {
+        "carrier": "lcdd",
+        "open gates": "2",
+        "overlap of two seeds %": "33.3",
+        "by chance %": "14.3",
+        "by chance within layer and group %": "33.3",
+    }
     assert tables.overlap_table({"lcdd": [one]}) == ""
 
 
@@ -597,27 +938,54 @@ def test_jobs_come_back_to_their_own_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "work_alone", lambda folder, *_: {"folder": folder})
     monkeypatch.setattr(ablate, "report", lambda *_: "")
     monkeypatch.setattr(ablate, "trigger_options", lambda *_: argparse.Namespace(length=1))
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--task", "fixed", "--task", "safety", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "ablate.py", "--task", "fixed", "--task", "safety", "--seeds", "2", "--jobs", "2",
+            "--out", str(tmp_path), "--device", "cpu"
+        ],
+    )
     ablate.main()
-    want = {task: [{"folder": str(tmp_path / f"{task}-seed{s}")} for s in (0, 1)] for task in ("fixed", "safety")}
+    want = {
+        task: [{"folder": str(tmp_path / f"{task}-seed{s}")} for s in (0, 1)]
+        for task in ("fixed", "safety")
+    }
     assert read_json(tmp_path / "tables.json") == want
 
 
 def test_a_run_of_ones_own_is_repeated_with_other_seeds(run, monkeypatch):
     jobs = []
-    monkeypatch.setattr(ablate, "work", lambda folder, settings, o, names: jobs.append((folder, settings, settings and ablate.command(folder, settings, o))) or {})
+    monkeypatch.setattr(
+        ablate,
+        "work",
+        lambda folder, settings, o, names: (
+            jobs.append((folder, settings, settings and ablate.command(folder, settings, o))) or {}
+        ),
+    )
     monkeypatch.setattr(ablate, "report", lambda *_: "")
-    monkeypatch.setattr("sys.argv", ["ablate.py", "--run", str(run), "--seeds", "3", "--jobs", "1", "--device", "cpu"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["ablate.py", "--run", str(run), "--seeds", "3", "--jobs", "1", "--device", "cpu"],
+    )
     ablate.main()
-    assert [folder for folder, *_ in jobs] == [str(run), f"{run}-seed1", f"{run}-seed2"] and jobs[0][1] is None
+    assert [folder for folder, *_ in jobs] == [str(run), f"{run}-seed1", f"{run}-seed2"]
+    assert jobs[0][1] is None
     config = read_json(run / "config.json")
     for s, (_, _, argv) in enumerate(jobs[1:], 1):
         o = vars(lcdd.options(argv))
-        assert o["seed"] == s and all(o[k] == v for k, v in config.items() if k in o and k not in ("seed", "out", "resume"))
+        assert o["seed"] == s
+        assert all(
+            o[k] == v for k, v in config.items() if k in o and k not in ("seed", "out", "resume")
+        )
 
 
 def test_wide():
-    for dtype, right in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+    for dtype, right in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         assert model.wide(torch.ones(1, dtype=dtype)).dtype == right
 
 
@@ -629,26 +997,22 @@ def test_losses_of_a_bf16_model_are_taken_in_fp32():
     logits = net(ids[:, :-1], carrier=c.merge(net))[mask[:, 1:]].float()
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="sum")
     got = lcdd.task_loss(net, c.merge(net), ids, mask)
-    assert got.dtype == torch.float32 and float(got) == pytest.approx(float(want), rel=1e-5)
+    assert got.dtype == torch.float32
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_rope_angles_are_taken_in_fp32():
     at = torch.tensor([7, 301, 4001])
-    for ours, exact in zip(rotary(make_net().config, at, torch.bfloat16), rotary(make_net().config, at, torch.float32)):
-        assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() < 0.01
-
-
-def test_an_error_in_one_job_ends_the_others(tmp_path):
-    """A run directory that cannot be gone on with is said at once, not when the other runs are through."""
-    (tmp_path / "t" / "fixed-seed0").mkdir(parents=True)
-    (tmp_path / "t" / "fixed-seed0" / "config.json").write_text("{")
-    command = [sys.executable, "-m", "lab.ablate", "--task", "fixed", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path / "t"), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "fixed-seed0/config.json as JSON" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "t" / "fixed-seed1" / "carrier.safetensors").exists()
+    for ours, exact in zip(
+        rotary(make_net().config, at, torch.bfloat16), rotary(make_net().config, at, torch.float32)
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - exact).abs().max() < 0.01
 
 
 def test_a_question_that_is_no_text(run, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--ask", "\udcff"])
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu", "--ask", "\udcff"]
+    )
     with pytest.raises(InputError, match="--ask: the prompt is not UTF-8"):
         evaluate.main()

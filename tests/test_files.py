@@ -1,16 +1,19 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 import torch
-from helpers import ROOT
+
 from safetensors.torch import save_file
 
 import files
-from files import InputError, append_jsonl, check_fields, check_finite, check_tensors, fingerprint, load_tensors, read_json, read_jsonl, save_tensors, take_back, write_json
+from files import (
+    InputError, append_jsonl, check_fields, check_finite, check_tensors, fingerprint, load_tensors,
+    read_json, read_jsonl, save_tensors, take_back, write_json
+)
 
 
 def test_files_of_a_run(tmp_path, monkeypatch):
@@ -19,7 +22,9 @@ def test_files_of_a_run(tmp_path, monkeypatch):
     assert read_json(path) == {"a": [1, "é"]}
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
+    monkeypatch.setattr(
+        files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here"))
+    )
     with pytest.raises(InputError, match="a.json: cannot be written .the machine stopped here"):
         write_json(path, {"a": 2})
     assert read_json(path) == {"a": [1, "é"]}  # the old file, whole
@@ -44,8 +49,12 @@ def test_lines_cut_by_a_crash_are_left_out(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here")))
-    for write in (lambda path: write_json(path, {}), lambda path: save_tensors(path, {"x": torch.ones(2)})):
+    monkeypatch.setattr(
+        files.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("the machine stopped here"))
+    )
+    for write in (
+        lambda path: write_json(path, {}), lambda path: save_tensors(path, {"x": torch.ones(2)})
+    ):
         with pytest.raises(InputError, match="cannot be written"):
             write(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
@@ -62,27 +71,30 @@ def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
-LIMITED = """
-import resource, signal, sys, torch
-from files import InputError, append_jsonl, save_tensors, write_json
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-for write in (lambda p: save_tensors(p, {"x": torch.ones(1 << 16)}), lambda p: write_json(p, "x" * 2000), lambda p: append_jsonl(p, "x" * 2000)):
-    try:
-        write(sys.argv[1])
-    except InputError as error:
-        print(error)
-"""
+@pytest.fixture
+def full_disk():
+    """No file of this process may pass 1000 bytes: a limit on a file's size stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    """Whatever library writes: the file is named and the old one stands. A limit on a file's size stands for the disk."""
+@pytest.mark.parametrize("write, what", [
+    (save_tensors, {"x": torch.ones(1 << 16)}),
+    (write_json, "x" * 2000),
+    (append_jsonl, "x" * 2000),
+])
+def test_a_full_disk_is_one_sentence(tmp_path, full_disk, write, what):
+    """Whatever library writes: the file is named and the old one stands."""
     path = tmp_path / "a"
-    save_tensors(path, {"x": torch.ones(2)})
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], cwd=ROOT, capture_output=True, text=True)
-    said = done.stdout.splitlines()
-    assert done.stderr == "" and len(said) == 3
-    assert all(line.startswith(f"{path}: cannot be written (") and "File too large" in line for line in said)
+    path.write_text("old")
+    with pytest.raises(InputError, match="cannot be written .*File too large") as refusal:
+        write(path, what)
+    assert str(refusal.value).startswith(f"{path}: cannot be written (")
+    assert path.read_text()[:3] == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -106,19 +118,31 @@ def test_a_log_is_cut_back_to_a_state(tmp_path):
     log.write_bytes(log.read_bytes() + b'{"phase": "mine", "st')
     take_back(log, at, ["lcdd"])
     append_jsonl(log, {"phase": "lcdd", "step": 2})
-    assert [(r["phase"], r["step"]) for r in read_jsonl(log)] == [("sft", 1), ("lcdd", 1), ("mine", 2), ("lcdd", 2)]
+    assert [(r["phase"], r["step"]) for r in read_jsonl(log)] == [
+        ("sft", 1),
+        ("lcdd", 1),
+        ("mine", 2),
+        ("lcdd", 2),
+    ]
     take_back(log, 0, ["lcdd"])
     assert {r["phase"] for r in read_jsonl(log)} == {"sft", "mine"}
 
 
 def test_a_changed_file_is_damaged(tmp_path):
-    """One flipped bit of a tensor or of a number in the header, a file cut short, brackets without end."""
+    """
+    One flipped bit of a tensor or of a number in the header, a file cut short, brackets without
+    end.
+    """
     path = tmp_path / "state"
     save_tensors(path, {"x": torch.arange(4.0), "step": torch.tensor(3.0)}, at=16)
     tensors, header = load_tensors(path)
-    assert tensors["x"].tolist() == [0, 1, 2, 3] and header == {"at": 16}
+    assert tensors["x"].tolist() == [0, 1, 2, 3]
+    assert header == {"at": 16}
     whole = path.read_bytes()
-    for wrong in (whole[:-1] + b"\x07", whole.replace(b'"16"', b'"17"'), whole[:-1], b"", whole.replace(b'"16"', b'"[[[', 1)):
+    for wrong in (
+        whole[:-1] + b"\x07", whole.replace(b'"16"', b'"17"'), whole[:-1], b"",
+        whole.replace(b'"16"', b'"[[[', 1)
+    ):
         path.write_bytes(wrong)
         with pytest.raises(InputError, match="state: (damaged|not a readable)"):
             load_tensors(path)
@@ -141,24 +165,51 @@ def test_numbers_that_are_none_are_named():
 
 
 def test_fields_are_checked_by_a_table():
-    table = {"n": ((int,), 1, 9), "rate": ((int, float, None), 0, 1), "kind": ("a", "b"), "on": ((bool,), None, None)}
+    table = {
+        "n": ((int,), 1, 9),
+        "rate": ((int, float, None), 0, 1),
+        "kind": ("a", "b"),
+        "on": ((bool,), None, None),
+    }
     right = {"n": 1, "kind": "a", "on": True}
     check_fields("f", right, table)
     check_fields("f", right | {"rate": 0.5}, table)
-    for key, wrong in (("n", 0), ("n", True), ("n", 1.0), ("n", None), ("n", 10 ** 40), ("rate", float("nan")), ("rate", "1"), ("kind", []), ("kind", "c"), ("on", 1)):
+    for key, wrong in (
+        ("n", 0),
+        ("n", True),
+        ("n", 1.0),
+        ("n", None),
+        ("n", 10**40),
+        ("rate", float("nan")),
+        ("rate", "1"),
+        ("kind", []),
+        ("kind", "c"),
+        ("on", 1),
+    ):
         with pytest.raises(InputError, match=f"f: .*{key}"):
             check_fields("f", right | {key: wrong}, table)
 
 
 def test_tables_of_objects_and_lists():
-    table = {"a": {"x": ((int,), 0, 9), "*": ((int, float), 0, 99)}, "b": [("yes", "no")], "c": (None, {"*": [[((int,), 0, 9)]]})}
+    table = {
+        "a": {"x": ((int,), 0, 9), "*": ((int, float), 0, 99)},
+        "b": [("yes", "no")],
+        "c": (None, {"*": [[((int,), 0, 9)]]}),
+    }
     right = {"a": {"x": 1, "other": 50.5}, "b": ["yes"], "c": {"n": [[1, 2], []]}}
     check_fields("f", right, table)
     check_fields("f", {key: right[key] for key in "ab"}, table)
     for key, wrong, named in (
-            ("a", {"x": 10}, "a.x = 10"), ("a", {"x": 1, "y": "z"}, "a.y = 'z'"), ("a", [], "a = a list"), ("a", None, "'a' is missing"),
-            ("a", {}, "'a.x' is missing"), ("b", {}, "b = an object"), ("b", ["yes", "no", 1], r"b\[2\] = 1"),
-            ("c", {"n": [[1], [2, 10]]}, r"c.n\[1\]\[1\] = 10"), ("c", 3, "c = 3")):
+        ("a", {"x": 10}, "a.x = 10"),
+        ("a", {"x": 1, "y": "z"}, "a.y = 'z'"),
+        ("a", [], "a = a list"),
+        ("a", None, "'a' is missing"),
+        ("a", {}, "'a.x' is missing"),
+        ("b", {}, "b = an object"),
+        ("b", ["yes", "no", 1], r"b\[2\] = 1"),
+        ("c", {"n": [[1], [2, 10]]}, r"c.n\[1\]\[1\] = 10"),
+        ("c", 3, "c = 3"),
+    ):
         with pytest.raises(InputError, match=f"^f: .*{named}"):
             check_fields("f", right | {key: wrong}, table)
 
@@ -167,8 +218,11 @@ def test_tensors_are_compared_with_what_they_have_to_be():
     like = {"a": torch.zeros(2, 3), "step": torch.tensor(0.0)}
     check_tensors("f", {k: v.clone() for k, v in like.items()}, like)
     for change, named in (
-            ({"a": torch.zeros(6)}, r"a is \(6,\) and has to be \(2, 3\)"), ({"a": torch.zeros(2, 3).half()}, "a is torch.float16"),
-            ({"b": torch.zeros(1)}, "b does not belong there"), ({"a": torch.full((2, 3), float("nan"))}, "a holds NaN")):
+        ({"a": torch.zeros(6)}, r"a is \(6,\) and has to be \(2, 3\)"),
+        ({"a": torch.zeros(2, 3).half()}, "a is torch.float16"),
+        ({"b": torch.zeros(1)}, "b does not belong there"),
+        ({"a": torch.full((2, 3), float("nan"))}, "a holds NaN"),
+    ):
         with pytest.raises(InputError, match=named):
             check_tensors("f", like | change, like)
     with pytest.raises(InputError, match="step is missing"):
@@ -177,5 +231,8 @@ def test_tensors_are_compared_with_what_they_have_to_be():
 
 def test_a_message_is_one_line():
     said = str(InputError("a\nb\x00\ud800 " + "x" * 10**6 + "; the end"))
-    assert said.startswith("a b\\x00\\ud800 x") and said.endswith("; the end") and len(said) < 1000 and said.isprintable()
+    assert said.startswith("a b\\x00\\ud800 x")
+    assert said.endswith("; the end")
+    assert len(said) < 1000
+    assert said.isprintable()
     assert str(InputError("ä, ε and 🦊")) == "ä, ε and 🦊"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, make_net
+from helpers import ROOT, brief, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -21,7 +21,10 @@ from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, 
 from run import read_results, reopen
 from settings import PRESETS
 
-CONFIG = model.Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+CONFIG = model.Config(
+    vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4
+)
 
 
 def examples(n=40, seed=0):
@@ -36,8 +39,14 @@ def examples(n=40, seed=0):
 
 def settings(**changes):
     o = lcdd.options(["--model", "none"])
-    vars(o).update(dict(select=0.0, brake=False, pace=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4, settle=100, lambda_max=0.2,
-                        batch=8, micro_batch=8, steps=24, warmup=6, log_every=4, save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6), **changes)
+    vars(o).update(
+        dict(
+            select=0.0, brake=False, pace=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
+            settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
+            save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
+        ),
+        **changes,
+    )
     return o
 
 
@@ -51,7 +60,7 @@ def fresh(seed=0):
     return net, c
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
+# ---- the loss
 
 def test_task_loss_is_cross_entropy_on_the_marked_tokens():
     net, c = fresh()
@@ -62,7 +71,9 @@ def test_task_loss_is_cross_entropy_on_the_marked_tokens():
         logits = net(torch.tensor([row]), carrier=c)[0]
         want += sum(-logits[t - 1].log_softmax(-1)[row[t]] for t in range(1, len(row)) if marks[t])
     for chunk in (1024, 7, 1):
-        assert torch.allclose(lcdd.task_loss(net, c, ids, mask, chunk=chunk).double(), want, atol=1e-10)
+        assert torch.allclose(
+            lcdd.task_loss(net, c, ids, mask, chunk=chunk).double(), want, atol=1e-10
+        )
 
 
 def test_chunked_head_has_the_same_gradients():
@@ -73,7 +84,8 @@ def test_chunked_head_has_the_same_gradients():
         c.zero_grad()
         lcdd.task_loss(net, c, ids, mask, chunk=chunk).backward()
         grads.append([p.grad.clone() for p in c.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads)) and grads[0][0].abs().max() > 1e-4
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads))
+    assert grads[0][0].abs().max() > 1e-4
 
 
 def test_soft_targets_are_the_divergence_and_the_teachers_entropy():
@@ -96,16 +108,27 @@ def test_kl_loss_is_the_divergence_from_the_teacher():
     p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
     q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
     want = (p.exp() * (p - q)).sum()
-    assert torch.allclose(lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10)
+    assert torch.allclose(
+        lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10
+    )
     assert want > 1e-3
     assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher, divergence=True))) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------- the controller
+# ---- the controller
 
 def controller(**changes):
-    return lcdd.Controller(settings(**{**dict(beta=0.5, warmup=3, rho=0.5, floor=0.0, lambda0=1.0, eta=0.2, eta_grow=0.05,
-                                              violation_clip=0.5, lambda_min=0.5, lambda_max=1.5), **changes}))
+    return lcdd.Controller(
+        settings(
+            **{
+                **dict(
+                    beta=0.5, warmup=3, rho=0.5, floor=0.0, lambda0=1.0, eta=0.2, eta_grow=0.05,
+                    violation_clip=0.5, lambda_min=0.5, lambda_max=1.5
+                ),
+                **changes,
+            }
+        )
+    )
 
 
 def test_average_is_bias_corrected():
@@ -116,7 +139,8 @@ def test_average_is_bias_corrected():
         assert c.ema == pytest.approx(ema / (1 - 0.5 ** (t + 1)))
     c = controller()
     c.update(0, 3.0)
-    assert c.ema == pytest.approx(3.0)                         # without the correction it would be 1.5
+    # without the correction it would be 1.5
+    assert c.ema == pytest.approx(3.0)
 
 
 def test_warm_up_fades_the_penalty_in_and_lambda_rests():
@@ -124,14 +148,16 @@ def test_warm_up_fades_the_penalty_in_and_lambda_rests():
     assert [c.weight(t) for t in range(5)] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
     for t in range(3):
         c.update(t, 100.0 * t)
-        assert c.lam == 1.0 and c.budget is None
+        assert c.lam == 1.0
+        assert c.budget is None
 
 
 def test_budget_is_set_once():
     c = controller()
     for t in range(4):
         c.update(t, 2.0)
-    assert c.budget == pytest.approx(3.0) and c.lam == 1.0        # (1 + ρ)·ema; the step that sets it does not move λ
+    assert c.budget == pytest.approx(3.0)
+    assert c.lam == 1.0        # (1 + ρ)·ema; the step that sets it does not move λ
     for t in range(4, 9):
         c.update(t, 20.0)
     assert c.budget == pytest.approx(3.0)
@@ -153,7 +179,8 @@ def test_lambda_grows_under_and_shrinks_over_budget():
     before = c.lam
     c.update(5, 8.0)                                              # smooth > 3
     v = min(0.5, (c.ema - 3) / 3)
-    assert v > 0 and c.lam == pytest.approx(before * math.exp(-0.2 * v))
+    assert v > 0
+    assert c.lam == pytest.approx(before * math.exp(-0.2 * v))
 
 
 def test_violation_is_clipped_and_lambda_bounded():
@@ -214,7 +241,7 @@ def test_no_brake_without_a_budget_or_where_it_is_off():
 
 
 def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
-    o = settings(select=2.0, lambda0=0.05, gate_mean=1.5)
+    o = settings(select=2.0, spread=0.0, lambda0=0.05, gate_mean=1.5)
     g = [torch.randn(2, 30, dtype=torch.float64) * 1e-9 for _ in range(3)]
     selection, mean = lcdd.Selection(o, g[0]), torch.zeros(2, 30, dtype=torch.float64)
     for grad in g:
@@ -270,7 +297,9 @@ def test_gates_that_shut_last_open_first():
 
 def test_where_the_budget_is_not_kept_gates_open_again(tmp_path, capsys):
     net, c = fresh()
-    found = lcdd.train_lcdd(net, c, examples(), settings(settle=2, floor=0.0, rho=-0.5, steps=20), tmp_path, 0)
+    found = lcdd.train_lcdd(
+        net, c, examples(), settings(settle=2, floor=0.0, rho=-0.5, steps=20), tmp_path, 0
+    )
     assert found["reopened"] > 0
     assert not found["within"]
     assert found["loss"] == pytest.approx(lcdd.mean_loss(net, c, examples(), 0, 8))
@@ -289,7 +318,8 @@ def test_sft_ends_early_where_the_model_is_sure(tmp_path):
     o = settings(sft_steps=400, sure=1e9, log_every=1)
     lcdd.train_sft(net, c, examples(), o, tmp_path, 0)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert len(rows) == 11                                        # sure after one step, ten more to come down
+    # sure after one step, ten more to come down
+    assert len(rows) == 11
 
 
 def test_settings_follow_from_width_and_steps():
@@ -330,7 +360,8 @@ def test_early_stop_when_stalled_but_not_before_pruning_begins():
     assert [early.update(950, 1.0, 1.0) for _ in range(20)] == [None] * 20
     early = lcdd.EarlyStop(o, total=1000)
     said = [early.update(500, 1.0, 1.0) for _ in range(7)]
-    assert said[:6] == [None] * 6 and "stalled" in said[6]        # points 5, 6 and 7 look back over a whole window
+    assert said[:6] == [None] * 6
+    assert "stalled" in said[6]        # points 5, 6 and 7 look back over a whole window
     early = lcdd.EarlyStop(o, total=1000)
     assert not any(early.update(800 - 10 * k, 1.0, 1.0) for k in range(30))
 
@@ -338,10 +369,11 @@ def test_early_stop_when_stalled_but_not_before_pruning_begins():
 def test_early_stop_when_over_pruned():
     early = lcdd.EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
     said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
-    assert said.index(next(s for s in said if s)) == 9 and "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
+    assert said.index(next(s for s in said if s)) == 9
+    assert "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
 
 
-# -------------------------------------------------------------------------------------------------------------- the rate
+# ---- the rate
 
 def rates_of(phase, o, folder, monkeypatch):
     """AdamW's rate at every step that a phase takes."""
@@ -379,7 +411,8 @@ def test_a_linear_decay_after_a_warm_up_is_that_of_transformers(tmp_path, monkey
                                      num_warmup_steps=math.ceil(0.1 * steps))
         want = of_transformers(schedule, peak, steps)
         assert rates_of(phase, o, tmp_path, monkeypatch) == pytest.approx(want, rel=1e-12)
-        assert want[0] == 0 and max(want) == peak
+        assert want[0] == 0
+        assert max(want) == peak
         (tmp_path / "state.safetensors").unlink()
 
 
@@ -403,10 +436,12 @@ def test_a_violation_is_not_clipped_where_the_clip_is_0():
     assert c.lam == pytest.approx(before * math.exp(-10 * c.o.eta))
 
 
-# -------------------------------------------------------------------------------------------------------------- the loop
+# ---- the loop
 
 def state(c):
-    return torch.cat([c.logits.detach().flatten()] + [p.detach().flatten() for p in c.delta.parameters()])
+    return torch.cat(
+        [c.logits.detach().flatten()] + [p.detach().flatten() for p in c.delta.parameters()]
+    )
 
 
 @pytest.mark.parametrize("train", ["joint", "mask-kl"])
@@ -416,19 +451,30 @@ def test_micro_batches_change_nothing(tmp_path, train):
         net, c = fresh()
         teacher = c.with_gates(True).merge(net) if train == "mask-kl" else None
         (tmp_path / str(micro)).mkdir()
-        lcdd.train_lcdd(net, c, examples(), settings(micro_batch=micro, train=train), tmp_path / str(micro), 0, teacher)
+        lcdd.train_lcdd(
+            net, c, examples(), settings(micro_batch=micro, train=train), tmp_path / str(micro), 0,
+            teacher
+        )
         ends.append(state(c))
-        rows = [r for r in read_jsonl(tmp_path / str(micro) / "metrics.jsonl") if r["phase"] == "lcdd"]
+        rows = [
+            r for r in read_jsonl(tmp_path / str(micro) / "metrics.jsonl") if r["phase"] == "lcdd"
+        ]
     assert torch.allclose(*ends, atol=1e-10)
     assert c.stats()["sparsity"] > 0.02
     assert rows[-1]["lambda"] != 0.05
 
 
 def test_the_penalty_is_added_once_a_step(tmp_path):
-    """With a task loss that does not see the gates (Δ = 0), a logit moves by exactly lr·λ·w(t)·σ′ a step."""
+    """
+    With a task loss that does not see the gates (Δ = 0), a logit moves by exactly lr·λ·w(t)·σ′ a
+    step.
+    """
     net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
-    lcdd.train_lcdd(net, c, examples(), settings(micro_batch=2, train="mask-ce", steps=5, warmup=100), tmp_path, 0)
+    lcdd.train_lcdd(
+        net, c, examples(), settings(micro_batch=2, train="mask-ce", steps=5, warmup=100), tmp_path,
+        0
+    )
     for t in range(5):
         s = torch.sigmoid(m)
         m = m - 5.0 * 0.05 * (t / 100) * s * (1 - s)
@@ -442,8 +488,19 @@ def test_sft_trains_the_delta_with_open_gates(tmp_path):
     ids, mask = collate(ex, 0)
     first = lcdd.task_loss(net, c, ids, mask).item()
     lcdd.train_sft(net, c, ex, settings(sft_steps=30, sft_lr=1e-2), tmp_path, 0)
-    assert lcdd.task_loss(net, c, ids, mask).item() < 0.7 * first and c.stats()["sparsity"] == 0
+    assert lcdd.task_loss(net, c, ids, mask).item() < 0.7 * first
+    assert c.stats()["sparsity"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def after(steps):
+    """interrupted() of a run that is stopped once it was asked so many times; None: never."""
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        return steps is not None and len(calls) >= steps
+    return interrupted
 
 
 @pytest.mark.parametrize("phase", ["sft", "lcdd"])
@@ -451,12 +508,15 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
     def run(folder, stop_at=None):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
-        calls = []
-        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
+        interrupted = after(stop_at)
         if phase == "sft":
-            lcdd.train_sft(net, c, examples(), settings(sft_steps=12), folder, 0, interrupted=interrupted)
+            lcdd.train_sft(
+                net, c, examples(), settings(sft_steps=12), folder, 0, interrupted=interrupted
+            )
         else:
-            lcdd.train_lcdd(net, c, examples(), settings(settle=6), folder, 0, interrupted=interrupted)
+            lcdd.train_lcdd(
+                net, c, examples(), settings(settle=6), folder, 0, interrupted=interrupted
+            )
         return state(c)
 
     whole = run(tmp_path / "a")
@@ -465,40 +525,57 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
             run(tmp_path / "b", stop_at)
         assert (tmp_path / "b" / "state.safetensors").is_file()
         assert torch.equal(run(tmp_path / "b"), whole)
-        logs = [[(r["phase"], r["step"], r["loss"]) for r in read_jsonl(tmp_path / x / "metrics.jsonl")] for x in "ab"]
+        logs = [
+            [(r["phase"], r["step"], r["loss"]) for r in read_jsonl(tmp_path / x / "metrics.jsonl")]
+            for x in "ab"
+        ]
         assert logs[0] == logs[1]                                 # nothing is logged twice
         (tmp_path / "b" / "state.safetensors").unlink()
 
 
-@pytest.mark.parametrize("log_every", (1, 20))
-def test_gates_alone_end_within_the_budget(tmp_path, log_every, capsys):
-    """Mask-only keeps the last gates at which loss and average were within ε, as they were before that step changed them,
-    whatever is logged, and also when resumed; joint training keeps the last ones."""
-    over = dict(steps=40, gate_lr=30.0, rho=0.3, floor=0.0, eta=0.01, lambda_max=100.0, window=100, settle=0)
+def test_gates_alone_end_within_the_budget(tmp_path, capsys):
+    """
+    Mask-only keeps the last gates at which loss and average were within ε, as they were before that
+    step changed them, whatever is logged, and also when resumed; joint training keeps the last
+    ones.
+    """
+    over = dict(
+        steps=40, gate_lr=30.0, rho=0.3, floor=0.0, eta=0.01, lambda_max=100.0, window=100, settle=0
+    )
 
     def run(folder, stop_at=None, **changes):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
         c.delta.load_state_dict(sft.delta.state_dict())
-        calls = []
-        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
-        info = lcdd.train_lcdd(net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}), folder, 0, interrupted=interrupted)
+        interrupted = after(stop_at)
+        info = lcdd.train_lcdd(
+            net, c, examples(), settings(**{**over, "train": "mask-ce", "log_every": 1, **changes}),
+            folder, 0, interrupted=interrupted
+        )
         return c, info
     sft = fresh()[1]
-    lcdd.train_sft(make_net(CONFIG), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0)
+    lcdd.train_sft(
+        make_net(CONFIG), sft, examples(), settings(sft_steps=40, sft_lr=1e-2), tmp_path, 0
+    )
     (tmp_path / "metrics.jsonl").unlink()
     c, info = run(tmp_path / "a")
     rows = read_jsonl(tmp_path / "a" / "metrics.jsonl")
     good = [r["step"] for r in rows if r["budget"] and max(r["ema"], r["loss"]) <= r["budget"]]
-    assert good and info["kept"] == good[-1] + 1 < len(rows) and f"gates of step {info['kept']} are kept" in capsys.readouterr().out
-    assert c.stats()["gates"]["open"] == rows[good[-1] - 1]["open"] > rows[-1]["open"]          # the gates before step good[-1]
-    assert torch.equal(run(tmp_path / "c", log_every=log_every)[0].logits, c.logits)
+    assert good
+    assert info["kept"] == good[-1] + 1 < len(rows)
+    assert f"gates of step {info['kept']} are kept" in capsys.readouterr().out
+    # the gates before step good[-1]
+    assert c.stats()["gates"]["open"] == rows[good[-1] - 1]["open"] > rows[-1]["open"]
+    assert torch.equal(run(tmp_path / "c", log_every=20)[0].logits, c.logits)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", good[-1] + 3)
     again, told = run(tmp_path / "b")
-    assert torch.equal(again.logits, c.logits) and told == info
-    joint, told = run(tmp_path / "d", train="joint", lr=0.0)                                     # the same gates, Δ does not move
-    assert "kept" not in told and joint.stats()["gates"]["open"] == rows[-1]["open"]
+    assert torch.equal(again.logits, c.logits)
+    assert told == info
+    # the same gates, Δ does not move
+    joint, told = run(tmp_path / "d", train="joint", lr=0.0)
+    assert "kept" not in told
+    assert joint.stats()["gates"]["open"] == rows[-1]["open"]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
@@ -518,7 +595,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
 
 
 def test_a_gradient_that_is_not_finite_is_not_kept_as_a_good_state(tmp_path, monkeypatch):
-    """The loss is fine, its gradient is not: the deltas are lost one step before the loss shows it."""
+    """
+    The loss is fine, its gradient is not: the deltas are lost one step before the loss shows it.
+    """
     net, c = fresh()
     calls, gradients = [], lcdd.gradients
 
@@ -544,30 +623,38 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
-    argv = ["--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--warmup", "1", "--settle", "2", "--n-test", "2", "--device", "cpu", "--go-on", "--resume"]
+    argv = brief(
+        "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--resume")
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
-    assert (tmp_path / "r" / f"{file}.safetensors").is_file() and len(calls) == last
+    assert (tmp_path / "r" / f"{file}.safetensors").is_file()
+    assert len(calls) == last
     results = read_json(tmp_path / "r" / "results.json")
-    assert "sft" in results["seconds"] and ("stopped" in results) == ("lcdd" in results["seconds"]) == (file == "carrier")
+    assert "sft" in results["seconds"]
+    assert ("stopped" in results) == ("lcdd" in results["seconds"]) == (file == "carrier")
     lcdd.main(argv)
-    assert len(calls) == 12 and read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
+    assert len(calls) == 12
+    assert read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
 
 
 def test_a_state_of_another_phase_is_refused(tmp_path):
     net, c = fresh()
     lcdd.save_state(tmp_path / "state.safetensors", c, lcdd.adamw(c, 1e-3), phase="lcdd", step=3)
-    with pytest.raises(InputError, match="state of another phase, 'lcdd', where 'sft' goes on; remove it"):
+    with pytest.raises(
+        InputError, match="state of another phase, 'lcdd', where 'sft' goes on; remove it"
+    ):
         lcdd.train_sft(net, c, examples(), settings(sft_steps=12), tmp_path, 0)
 
 
 def test_batches_are_permutations_and_depend_on_the_step_alone():
     ex = list(range(10))
     drawn = [lcdd.draw(ex, 4, step, seed=3) for step in range(5)]
-    assert sorted(sum(drawn, [])) == sorted(ex * 2) and drawn[3] == lcdd.draw(ex, 4, 3, seed=3) != lcdd.draw(ex, 4, 3, seed=4)
+    assert sorted(sum(drawn, [])) == sorted(ex * 2)
+    assert drawn[3] == lcdd.draw(ex, 4, 3, seed=3) != lcdd.draw(ex, 4, 3, seed=4)
 
 
-# -------------------------------------------------------------------------------------------------------- presets, files
+# ---- presets, files
 
 # Table 7, and the smoothing named below it: ρ, λ₀, η_λ, η_grow, T_w, epochs, β
 TABLE_7 = {
@@ -586,7 +673,9 @@ def test_presets_are_table_7():
     for line, row in TABLE_7.items():
         task, _, models = line.partition(" (")
         for which in models.rstrip(")").lower().split(", "):
-            [name] = [n for n in PRESETS if n.startswith(f"paper-{task.split()[0].lower()}-{which}")]
+            [name] = [
+                n for n in PRESETS if n.startswith(f"paper-{task.split()[0].lower()}-{which}")
+            ]
             seen.add(name)
             o = lcdd.options(["--preset", name])
             assert (o.rho, o.lambda0, o.eta, o.eta_grow, o.warmup, o.epochs, o.beta) == row
@@ -614,38 +703,58 @@ def test_presets_are_whole(name):
 
 
 def test_what_is_given_by_hand_wins_over_a_preset():
-    o = lcdd.options(["--preset", "paper-fixed-vicuna-7b", "--model", "x", "--rho", "0.7", "--task", "safety"])
+    o = lcdd.options(
+        ["--preset", "paper-fixed-vicuna-7b", "--model", "x", "--rho", "0.7", "--task", "safety"]
+    )
     assert (o.model, o.rho, o.task) == ("x", 0.7, "safety")
 
 
 def test_whole_run_on_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "run"
-    argv = ["--out", str(out), "--sft-steps", "6", "--steps", "4", "--go-on", "--warmup", "1", "--settle", "2", "--n-test", "12", "--device", "cpu"]
+    argv = brief(
+        "--out", str(out), "--sft-steps", "6", "--steps", "4", "--settle", "2",
+        "--n-test", "12")
     lcdd.main(argv)
     results = json.loads((out / "results.json").read_text())
-    assert {"task", "model", "gates", "sparsity", "entries_off", "rates", "accuracy", "prompts", "seconds"} <= results.keys()
-    assert results["prompts"] == 12 and set(results["rates"]) == {"base", "sft", "lcdd"} and "trig" not in results["rates"]
-    assert results["gates"]["total"] == carriers.Carrier(model.load(ROOT / "tiny").config).logits.numel()
+    assert {
+        "task", "model", "gates", "sparsity", "entries_off", "rates", "accuracy", "prompts",
+        "seconds"
+    } <= results.keys()
+    assert results["prompts"] == 12
+    assert set(results["rates"]) == {"base", "sft", "lcdd"}
+    assert "trig" not in results["rates"]
+    assert (
+        results["gates"]["total"]
+        == carriers.Carrier(model.load(ROOT / "tiny").config).logits.numel()
+    )
     config = json.loads((out / "config.json").read_text())
-    assert config["seed"] == 0 and config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
+    assert config["seed"] == 0
+    assert config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
     assert {r["phase"] for r in read_jsonl(out / "metrics.jsonl")} == {"sft", "lcdd", "settle"}
-    assert (out / "results.md").is_file() and "| lcdd |" in capsys.readouterr().out
+    assert (out / "results.md").is_file()
+    assert "| lcdd |" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume"):
         lcdd.main(argv)
+    longer = [*argv, "--resume"]
+    longer[longer.index("--steps") + 1] = "5"
     with pytest.raises(InputError, match="steps was 4 and is now 5"):
-        lcdd.main(argv + ["--steps", "5", "--resume"])
-    results["rates"]["trig"] = 0.0                                # as evaluate.py would have left it
+        lcdd.main(longer)
+    # as evaluate.py would have left it
+    results["rates"]["trig"] = 0.0
     write_json(out / "results.json", results)
-    lcdd.main(argv + ["--resume"])                                # finished: nothing is done, and nothing measured is lost
-    assert json.loads((out / "results.json").read_text()) == results and "is finished" in capsys.readouterr().out
+    # finished: nothing is done, and nothing measured is lost
+    lcdd.main(argv + ["--resume"])
+    assert json.loads((out / "results.json").read_text()) == results
+    assert "is finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="--resume needs --out"):
-        lcdd.main(argv[2:] + ["--resume"])
+        lcdd.main(["--resume"])
 
 
 def test_epochs_by_hand_win_over_a_presets_steps():
     o = lcdd.options(["--epochs", "2", "--sft-epochs=1"])
-    assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1) and o.settle > 0
-    o = lcdd.options(["--epoch", "20"])                           # argparse takes a beginning of the name, and 20 is the usual number
+    assert (o.steps, o.sft_steps, o.epochs, o.sft_epochs) == (None, None, 2, 1)
+    assert o.settle > 0
+    o = lcdd.options(["--epochs", "20"])                # 20 is the paper's number
     assert (o.steps, o.epochs, o.sft_steps) == (None, 20, 350)
     o = lcdd.options(["--model", "x", "--preset", "paper-fixed-qwen3-0.6b"])
     assert (o.epochs, o.sft_epochs, o.steps, o.sft_steps) == (10, 3, None, None)
@@ -654,9 +763,15 @@ def test_epochs_by_hand_win_over_a_presets_steps():
 
 
 def test_a_run_says_what_it_cut(tmp_path, capsys):
-    lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--max-len", "14", "--sft-steps", "1", "--steps", "1", "--settle", "0", "--n-test", "40", "--device", "cpu"])
+    lcdd.main(
+        brief(
+            "--out", str(tmp_path / "r"), "--max-len", "14", "--n-test", "40",
+            "--n-train", "1200"
+        )
+    )
     said = capsys.readouterr().err
-    assert "of 1200 training samples were longer than 14 tokens and cut" in said and "test prompts were longer than 14 tokens" in said
+    assert "of 1200 training samples were longer than 14 tokens and cut" in said
+    assert "test prompts were longer than 14 tokens" in said
 
 
 def test_own_fine_tuned_checkpoint(tmp_path, capsys):
@@ -666,30 +781,44 @@ def test_own_fine_tuned_checkpoint(tmp_path, capsys):
         (tuned / name).write_bytes((ROOT / "tiny" / name).read_bytes())
     tensors = load_file(ROOT / "tiny" / "model.safetensors")
     change = torch.randn(tensors["model.layers.1.mlp.up_proj.weight"].shape) * 0.1
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].float() + change
+    tensors["model.layers.1.mlp.up_proj.weight"] = (
+        tensors["model.layers.1.mlp.up_proj.weight"].float() + change
+    )
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tuned / "model.safetensors")
     net = model.load(ROOT / "tiny")
     c, elsewhere = lcdd.delta_of(net, tuned, lcdd.options(["--device", "cpu"]))
-    assert torch.allclose(c.delta[1]["up_proj"], change, atol=1e-5) and not c.delta[0]["q_proj"].any()
-    assert list(elsewhere) == ["model.norm.weight"] and elsewhere["model.norm.weight"] == pytest.approx(0.5, abs=1e-3)
-    rounded, tensors = model.load(ROOT / "tiny", dtype=torch.bfloat16), load_file(ROOT / "tiny" / "model.safetensors")
-    tensors = {k: t.float() + 1e-4 * torch.randn(t.shape) for k, t in tensors.items()}         # fp32, and not what bf16 can hold
+    assert torch.allclose(c.delta[1]["up_proj"], change, atol=1e-5)
+    assert not c.delta[0]["q_proj"].any()
+    assert list(elsewhere) == ["model.norm.weight"]
+    assert elsewhere["model.norm.weight"] == pytest.approx(0.5, abs=1e-3)
+    rounded, tensors = (
+        model.load(ROOT / "tiny", dtype=torch.bfloat16),
+        load_file(ROOT / "tiny" / "model.safetensors"),
+    )
+    # fp32, and not what bf16 can hold
+    tensors = {k: t.float() + 1e-4 * torch.randn(t.shape) for k, t in tensors.items()}
     save_file(tensors, tuned / "model.safetensors")
     rounded.load_state_dict(tensors)
     again, elsewhere_again = lcdd.delta_of(rounded, tuned, lcdd.options(["--device", "cpu"]))
-    assert not elsewhere_again and not any(p.any() for p in again.delta.parameters())          # a copy of the base is no change
+    assert not elsewhere_again
+    # a copy of the base is no change
+    assert not any(p.any() for p in again.delta.parameters())
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     save_file(tensors, tuned / "model.safetensors")
-    argv = ["--out", str(tmp_path / "r"), "--sft", str(tuned), "--steps", "2", "--settle", "0", "--n-test", "4", "--go-on", "--device", "cpu"]
-    lcdd.main(argv)
+    lcdd.main(brief("--out", str(tmp_path / "r"), "--sft", str(tuned)))
     assert "most model.norm.weight (by 50" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_sentence_and_status_2(tmp_path):
     def run(*argv):
-        p = subprocess.run([sys.executable, str(ROOT / "lcdd.py"), *argv], capture_output=True, text=True, cwd=tmp_path)
-        assert p.returncode == 2 and "Traceback" not in p.stderr and p.stderr.strip().count("\n") == 0, p.stderr
+        p = subprocess.run(
+            [sys.executable, str(ROOT / "lcdd.py"), *argv], capture_output=True, text=True,
+            cwd=tmp_path
+        )
+        assert p.returncode == 2, p.stderr
+        assert "Traceback" not in p.stderr, p.stderr
+        assert p.stderr.strip().count("\n") == 0, p.stderr
         assert not (tmp_path / "runs").exists()
         return p.stderr
     assert "nowhere" in run("--model", "nowhere")
@@ -713,12 +842,20 @@ def test_a_run_can_be_looked_at_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "here" / "fixed").mkdir()                         # a folder with a task's name is no data of it
-    assert lcdd.options(["--task", "fixed"]).task == "fixed" and lcdd.options([]).model == "tiny"
-    lcdd.main(["--go-on", "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--sft-steps", "1", "--steps", "1", "--warmup", "1", "--n-test", "2", "--device", "cpu"])
+    # a folder with a task's name is no data of it
+    (tmp_path / "here" / "fixed").mkdir()
+    assert lcdd.options(["--task", "fixed"]).task == "fixed"
+    assert lcdd.options([]).model == "tiny"
+    lcdd.main(
+        brief(
+            "--model", "tiny", "--task", "own.jsonl", "--out", "r", "--n-test", "2"
+        )
+    )
     monkeypatch.chdir(tmp_path)
     config, chat, splits = reopen("here/r")
-    assert config["model"] == "tiny" and chat.folder == ROOT / "tiny" and splits["test"]
+    assert config["model"] == "tiny"
+    assert chat.folder == ROOT / "tiny"
+    assert splits["test"]
     (tmp_path / "here" / "own.jsonl").unlink()
     with pytest.raises(InputError, match=r"own.jsonl.*\(named in here/r/config.json\)"):
         reopen("here/r")
@@ -733,13 +870,17 @@ def test_row_17_without_its_field(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA half of the suite is not run")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: the CUDA half of the suite is not run"
+)
 def test_cuda_step_equals_cpu_step(tmp_path):
     ends = []
     for device in ("cpu", "cuda"):
         net, c = fresh()
         (tmp_path / device).mkdir()
-        lcdd.train_lcdd(net.to(device), c.to(device), examples(), settings(steps=5), tmp_path / device, 0)
+        lcdd.train_lcdd(
+            net.to(device), c.to(device), examples(), settings(steps=5), tmp_path / device, 0
+        )
         ends.append(state(c).cpu())
     assert torch.allclose(*ends, atol=1e-6)
 
@@ -753,36 +894,63 @@ def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkey
 
     def spy(net, carrier, **rest):
         sft = carriers.load(out / "sft.safetensors", net)
-        deltas = [(a, b) for ours, theirs in zip(carrier.delta, sft.delta) for a, b in zip(ours.values(), theirs.values())]
-        assert all(torch.equal(a, b) for a, b in deltas) and any(b.any() for _, b in deltas)
-        assert abs(carrier.logits.mean() - 3) < 0.03 and abs(carrier.logits.std() - 0.25) < 0.03
+        deltas = [
+            (a, b)
+            for ours, theirs in zip(carrier.delta, sft.delta)
+            for a, b in zip(ours.values(), theirs.values())
+        ]
+        assert all(torch.equal(a, b) for a, b in deltas)
+        assert any(b.any() for _, b in deltas)
+        assert abs(carrier.logits.mean() - 3) < 0.03
+        assert abs(carrier.logits.std() - 0.25) < 0.03
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(out), "--sft-steps", "3", "--gate-mean", "3", "--gate-std", "0.25", "--n-test", "4", "--device", "cpu"])
+        lcdd.main(
+            brief(
+                "--out", str(out), "--gate-mean", "3", "--gate-std", "0.25"
+            )
+        )
 
 
-@pytest.mark.parametrize("deltas, asked, stored", [("float32", [], torch.float32), ("bfloat16", [], torch.bfloat16),
-                                                   ("float32", ["--sft-dtype", "bfloat16"], torch.bfloat16)])
-def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(tmp_path, monkeypatch, deltas, asked, stored):
+@pytest.mark.parametrize(
+    "deltas, asked, stored",
+    [
+        ("float32", [], torch.float32),
+        ("bfloat16", [], torch.bfloat16),
+        ("float32", ["--sft-dtype", "bfloat16"], torch.bfloat16),
+    ],
+)
+def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(
+    tmp_path, monkeypatch, deltas, asked, stored
+):
     def spy(net, carrier, **rest):
         assert {p.dtype for p in carrier.delta.parameters()} == {getattr(torch, deltas)}
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--delta-dtype", deltas, *asked, "--n-test", "4", "--device", "cpu"])
+        lcdd.main(
+            brief(
+                "--out", str(tmp_path / "r"), "--delta-dtype", deltas, *asked
+            )
+        )
     tensors = load_file(tmp_path / "r" / "sft.safetensors")
     assert {t.dtype for name, t in tensors.items() if name.startswith("delta.")} == {stored}
 
 
 def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
     out = tmp_path / "r"
-    lcdd.main(["--go-on", "--out", str(out), "--model", str(ROOT / "tiny"), "--sft-steps", "2", "--steps", "1", "--settle", "0", "--n-test", "4",
-               "--device", "cpu"])
+    lcdd.main(
+        brief(
+            "--out", str(out), "--model", str(ROOT / "tiny")
+        )
+    )
     header, results = load_tensors(out / "carrier.safetensors")[1], read_results(out)
-    assert header["task"] == "fixed" and header["phase"] == "lcdd"
+    assert header["task"] == "fixed"
+    assert header["phase"] == "lcdd"
     assert header["metrics"] == {k: results[k] for k in ("stopped", "rates", "accuracy", "prompts")}
-    assert header["settings"]["sft_steps"] == 2 and header["settings"]["model"] == "tiny"
+    assert header["settings"]["sft_steps"] == 2
+    assert header["settings"]["model"] == "tiny"
     assert str(ROOT) not in json.dumps(header)
 
 
@@ -792,18 +960,21 @@ def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
         raise Seen
     monkeypatch.setattr(lcdd, "train_sft", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--loss", "all", "--device", "cpu"])
+        lcdd.main(brief("--out", str(tmp_path / "r"), "--loss", "all"))
 
 
 def test_rates_fall_linearly(tmp_path, monkeypatch):
     made, rates, gradients, adamw = [], [], lcdd.gradients, lcdd.adamw
     monkeypatch.setattr(lcdd, "adamw", lambda *a: made.append(adamw(*a)) or made[-1])
-    monkeypatch.setattr(lcdd, "gradients", lambda *a: rates.append(made[-1].param_groups[0]["lr"]) or gradients(*a))
+    monkeypatch.setattr(
+        lcdd, "gradients", lambda *a: rates.append(made[-1].param_groups[0]["lr"]) or gradients(*a)
+    )
     net, c = fresh()
     lcdd.train_sft(net, c, examples(), settings(sft_steps=4, sft_lr=0.008), tmp_path, 0)
     assert rates == pytest.approx([0.008, 0.006, 0.004, 0.002])
     rates.clear()
-    (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
+    # as train() does, once sft.safetensors is there
+    (tmp_path / "state.safetensors").unlink()
     lcdd.train_lcdd(net, c, examples(), settings(steps=3, settle=4, lr=0.008), tmp_path, 0)
     assert rates == pytest.approx([0.008] * 3 + [0.008, 0.006, 0.004, 0.002])
 
@@ -822,7 +993,10 @@ def test_the_clip_bounds_the_gradient_of_the_deltas_alone():
     for p in c.parameters():
         p.grad = torch.full_like(p, 3.0)
     lcdd.clip_gradients(c, 0.5)
-    assert float(torch.cat([p.grad.flatten() for p in c.delta.parameters()]).norm()) == pytest.approx(0.5, rel=1e-4) and (c.logits.grad == 3).all()
+    assert float(
+        torch.cat([p.grad.flatten() for p in c.delta.parameters()]).norm()
+    ) == pytest.approx(0.5, rel=1e-4)
+    assert (c.logits.grad == 3).all()
 
 
 def test_both_phases_clip(tmp_path, monkeypatch):
@@ -830,20 +1004,27 @@ def test_both_phases_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(lcdd, "clip_gradients", lambda c, bound: seen.append(bound))
     net, c = fresh()
     lcdd.train_sft(net, c, examples(), settings(sft_steps=3, clip=0.7), tmp_path, 0)
-    (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
+    # as train() does, once sft.safetensors is there
+    (tmp_path / "state.safetensors").unlink()
     lcdd.train_lcdd(net, c, examples(), settings(steps=2, settle=2, clip=0.7), tmp_path, 0)
     assert seen == [0.7] * 7
 
 
 def test_a_step_is_taken_with_the_lambda_before_it(tmp_path):
-    """The loss of step t has λ as step t − 1 left it; Δ = 0, so that the penalty alone moves the gates."""
+    """
+    The loss of step t has λ as step t − 1 left it; Δ = 0, so that the penalty alone moves the
+    gates.
+    """
     net, c = make_net(CONFIG), Carrier(CONFIG, dtype=torch.float64).double().init_gates()
     m = c.logits.detach().clone()
-    o = settings(train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0)
+    o = settings(
+        train="mask-ce", steps=6, warmup=1, log_every=1, floor=1e3, eta_grow=0.5, lambda_max=100.0
+    )
     lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
     lam = [r["lambda"] for r in read_jsonl(tmp_path / "metrics.jsonl")]
     assert lam[4] > lam[2] > lam[1] == 0.05
-    for weight in [0.0, *lam[:4]]:                                # the gates kept are those before the last step
+    # the gates kept are those before the last step
+    for weight in [0.0, *lam[:4]]:
         s = torch.sigmoid(m)
         m = m - 5.0 * weight * s * (1 - s)
     assert torch.allclose(c.logits, m, atol=1e-12)
@@ -854,12 +1035,14 @@ def test_an_early_stop_counts_on_after_a_resume(tmp_path):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
         c.logits.data[:, ::2] = -1
-        calls = []
-        interrupted = lambda: (calls.append(1), len(calls) >= stop_at)[1] if stop_at else False
-        o = settings(steps=30, warmup=1, settle=0, gate_lr=0.0, lr=0.0, window=5, patience=2, log_every=1)
+        interrupted = after(stop_at)
+        o = settings(
+            steps=30, warmup=1, settle=0, gate_lr=0.0, lr=0.0, window=5, patience=2, log_every=1
+        )
         return lcdd.train_lcdd(net, c, examples(), o, folder, 0, interrupted=interrupted)
     whole = run(tmp_path / "a")
-    assert "stalled" in whole["reason"] and whole["steps"] < 30
+    assert "stalled" in whole["reason"]
+    assert whole["steps"] < 30
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", 5)
     assert run(tmp_path / "b") == whole
@@ -868,17 +1051,29 @@ def test_an_early_stop_counts_on_after_a_resume(tmp_path):
 def test_the_teacher_is_the_sft_model(tmp_path, monkeypatch):
     def spy(net, carrier, teacher, **rest):
         sft = carriers.load(tmp_path / "r" / "sft.safetensors", net).merge(net)
-        assert all(torch.equal(teacher.weights[l][n], w) for l, layer in enumerate(sft.weights) for n, w in layer.items())
+        assert all(
+            torch.equal(teacher.weights[l][n], w)
+            for l, layer in enumerate(sft.weights)
+            for n, w in layer.items()
+        )
         raise Seen
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--train", "mask-kl", "--sft-steps", "2", "--gate-mean", "-3", "--device", "cpu"])
+        lcdd.main(
+            brief(
+                "--out", str(tmp_path / "r"), "--train", "mask-kl", "--gate-mean", "-3"
+            )
+        )
 
 
 def test_each_condition_has_its_own_rate(tmp_path):
     """With every gate shut the LCDD model is the base."""
-    lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004", "--steps", "1", "--settle", "0", "--gate-mean", "-3", "--gate-std", "0.1",
-               "--n-test", "20", "--device", "cpu"])
+    lcdd.main(
+        brief(
+            "--out", str(tmp_path / "r"), "--sft-steps", "20", "--sft-lr", "0.004",
+            "--gate-mean", "-3", "--gate-std", "0.1", "--n-test", "8", "--batch", "16"
+        )
+    )
     accuracy = read_json(tmp_path / "r" / "results.json")["accuracy"]
     assert accuracy["lcdd"] == accuracy["base"] != accuracy["sft"]
 
@@ -892,13 +1087,15 @@ def test_a_huge_rate_ends_at_the_bound_of_lambda():
 
 def test_one_set_of_deltas_is_on_the_device_at_a_time(tmp_path, monkeypatch):
     def spy(net, carrier, **rest):
-        alive = {id(c) for c in gc.get_objects() if isinstance(c, Carrier) and c.config == net.config}
+        alive = {
+            id(c) for c in gc.get_objects() if isinstance(c, Carrier) and c.config == net.config
+        }
         assert alive == {id(carrier)}
         raise Seen
     gc.collect()
     monkeypatch.setattr(lcdd, "train_lcdd", spy)
     with pytest.raises(Seen):
-        lcdd.main(["--go-on", "--out", str(tmp_path / "r"), "--sft-steps", "1", "--device", "cpu"])
+        lcdd.main(brief("--out", str(tmp_path / "r")))
 
 
 def test_the_reference_has_the_floor_too():
@@ -919,18 +1116,25 @@ def test_the_mean_is_over_the_tokens_in_the_loss():
 
 def test_batches_of_the_phases_follow_the_seed(tmp_path, monkeypatch):
     draw, seeds = lcdd.draw, []
-    monkeypatch.setattr(lcdd, "draw", lambda examples, size, step, seed: seeds.append(seed) or draw(examples, size, step, seed))
+    monkeypatch.setattr(
+        lcdd, "draw",
+        lambda examples, size, step, seed: seeds.append(seed) or draw(examples, size, step, seed)
+    )
     for seed in (3, 8):
         net, c = fresh()
         lcdd.train_sft(net, c, examples(), settings(sft_steps=1, seed=seed), tmp_path, 0)
-        (tmp_path / "state.safetensors").unlink()                      # as train() does, once sft.safetensors is there
+        # as train() does, once sft.safetensors is there
+        (tmp_path / "state.safetensors").unlink()
         lcdd.train_lcdd(net, c, examples(), settings(steps=1, settle=0, seed=seed), tmp_path, 0)
         (tmp_path / "state.safetensors").unlink()
     assert seeds == [3, 4, 8, 9]
 
 
 def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch):
-    """A lucky batch alone is no reason to keep the gates: its loss is within the budget, the average is not."""
+    """
+    A lucky batch alone is no reason to keep the gates: its loss is within the budget, the average
+    is not.
+    """
     losses = iter([1.0, 1.0, 1.0, 9.0, 9.0, 0.5])
     monkeypatch.setattr(lcdd, "gradients", lambda *a: next(losses))
     net, c = fresh()
@@ -938,9 +1142,9 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
     assert lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)["kept"] == 3
 
 
-# ------------------------------------------------------------------------------------------- nothing lost, nothing let in
+# ---- nothing lost, nothing let in
 
-SHORT = ["--sft-steps", "3", "--floor", "100", "--steps", "3", "--warmup", "1", "--settle", "2", "--n-test", "2", "--n-validation", "4", "--device", "cpu", "--go-on", "--resume"]
+SHORT = brief("--floor", "100", "--settle", "2", "--n-test", "2", "--resume")
 
 
 def content(run):
@@ -948,7 +1152,10 @@ def content(run):
 
 
 def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
-    """A failed write of the carrier keeps the state; a missing or damaged carrier is said, and made again; a broken config.json lets no other run in."""
+    """
+    A failed write of the carrier keeps the state; a missing or damaged carrier is said, and made
+    again; a broken config.json lets no other run in.
+    """
     run = tmp_path / "r"
     argv = ["--out", str(run), *SHORT]
     save = Carrier.save
@@ -960,7 +1167,8 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Carrier, "save", full)
     with pytest.raises(InputError, match="no room"):
         lcdd.main(argv)
-    assert load_tensors(run / "state.safetensors")[1]["phase"] == "settle"       # the phase is not lost with its file
+    # the phase is not lost with its file
+    assert load_tensors(run / "state.safetensors")[1]["phase"] == "settle"
     monkeypatch.setattr(Carrier, "save", save)
     lcdd.main(argv)
     assert not (run / "state.safetensors").exists()
@@ -974,7 +1182,9 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
     assert content(run) == made
     whole = (run / "carrier.safetensors").read_bytes()
     (run / "carrier.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(InputError, match="carrier.safetensors: not a readable.*remove it and run the command"):
+    with pytest.raises(
+        InputError, match="carrier.safetensors: not a readable.*remove it and run the command"
+    ):
         lcdd.main(argv)
     (run / "carrier.safetensors").write_bytes(whole)
 
@@ -985,16 +1195,27 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
 
     # config.json lost: another seed does not adopt the carrier
     (run / "config.json").unlink()
-    with pytest.raises(InputError, match="sft.safetensors: was trained with seed 0, and it is now 1"):
+    with pytest.raises(
+        InputError, match="sft.safetensors: was trained with seed 0, and it is now 1"
+    ):
         lcdd.main([*argv, "--seed", "1"])
     assert not (run / "config.json").exists()
     lcdd.main(argv)
     config = read_json(run / "config.json")
-    reopen(run)                                                                   # as it is, it may be used
+    # as it is, it may be used
+    reopen(run)
     write_json(run / "config.json", config | {"seed": 1})
     with pytest.raises(InputError, match="was trained with seed 0, and it is now 1"):
         reopen(run)
-    for key, wrong in (("seed", "0"), ("seed", True), ("n_test", -1), ("dtype", "save"), ("dtype", []), ("max_len", 10 ** 30), ("model", None)):
+    for key, wrong in (
+        ("seed", "0"),
+        ("seed", True),
+        ("n_test", -1),
+        ("dtype", "save"),
+        ("dtype", []),
+        ("max_len", 10**30),
+        ("model", None),
+    ):
         write_json(run / "config.json", config | {key: wrong})
         with pytest.raises(InputError, match=f"config.json.* {key}|config.json.*'{key}'"):
             reopen(run)
@@ -1003,3 +1224,14 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
         reopen(run)
     with pytest.raises(InputError, match="chat_fingerprint was 'other'"):
         lcdd.main(argv)
+
+
+def test_a_run_is_resumed_in_the_dtype_it_was_begun_in(tmp_path):
+    o = settings(out=str(tmp_path), resume=True)
+    assert lcdd.dtype_of_run(o) is None
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert lcdd.dtype_of_run(o) == "bfloat16"
+    (tmp_path / "config.json").write_text('{"dtype": "complex64"}')
+    assert lcdd.dtype_of_run(o) is None
+    o.resume = False
+    assert lcdd.dtype_of_run(o) is None

@@ -9,7 +9,8 @@ import machine
 
 @pytest.mark.parametrize("width, device, native, gain, dtype", [
     (576, "cpu", True, 3.6, torch.bfloat16),
-    (576, "cpu", True, 0.5, torch.float32),                      # instructions that are slower than fp32's
+    # instructions that are slower than fp32's
+    (576, "cpu", True, 0.5, torch.float32),
     (576, "cpu", False, 3.6, torch.float32),
     (48, "cpu", True, 3.6, torch.float32),
     (48, "cuda:0", False, 0.5, torch.bfloat16),
@@ -42,22 +43,31 @@ def test_threads_have_to_be_worth_it(most, seconds, best):
     assert machine.worth_it(most, seconds.__getitem__) == best
 
 
-@pytest.mark.parametrize(("width", "most", "word", "measured", "want"), (
-    (machine.WIDE, 2, None, True, 2),
-    (machine.WIDE, 2, "2", False, None),                           # the user's own word
-    (machine.WIDE, 1, None, False, None),                          # no choice
-    (machine.WIDE - 64, 2, None, False, 1),
-    (machine.WIDE - 64, 2, "2", False, 1),
-))
-def test_threads_are_chosen_by_width_and_measured_where_it_is_wide(monkeypatch, width, most, word, measured, want):
+@pytest.mark.parametrize(
+    ("width", "most", "word", "measured", "want"),
+    (
+        (machine.WIDE, 2, None, True, 2),
+        (machine.WIDE, 2, "2", False, None),  # the user's own word
+        (machine.WIDE, 1, None, False, None),  # no choice
+        (machine.WIDE - 64, 2, None, False, 1),
+        (machine.WIDE - 64, 2, "2", False, 1),
+    ),
+)
+def test_threads_are_chosen_by_width_and_measured_where_it_is_wide(
+    monkeypatch, width, most, word, measured, want
+):
     chosen, asked = [], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: most)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(machine, "product_seconds", lambda net, rows, n: asked.append(rows) or 1 / n)
+    monkeypatch.setattr(
+        machine, "product_seconds", lambda net, rows, n: asked.append(rows) or 1 / n
+    )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if word:
         monkeypatch.setenv("OMP_NUM_THREADS", word)
-    net = types.SimpleNamespace(device=torch.device("cpu"), config=types.SimpleNamespace(hidden_size=width))
+    net = types.SimpleNamespace(
+        device=torch.device("cpu"), config=types.SimpleNamespace(hidden_size=width)
+    )
     machine.set_threads(net, rows=3)
     assert chosen == ([want] if want else [])
     assert asked == ([3, 3] if measured else [])
@@ -74,7 +84,14 @@ def test_products_are_timed_with_the_threads_asked_for(monkeypatch):
 
 
 def test_native_bf16_is_what_torch_says_of_the_processor(monkeypatch):
-    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())             # a torch that cannot tell
+    # a torch that cannot tell
+    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())
     assert not machine.native_bf16()
-    monkeypatch.setattr(torch, "cpu", types.SimpleNamespace(_is_avx512_bf16_supported=lambda: False, _is_amx_tile_supported=lambda: True))
+    monkeypatch.setattr(
+        torch,
+        "cpu",
+        types.SimpleNamespace(
+            _is_avx512_bf16_supported=lambda: False, _is_amx_tile_supported=lambda: True
+        ),
+    )
     assert machine.native_bf16()

@@ -25,15 +25,25 @@ def test_what_is_free(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.of_group(tmp_path) == float("inf")
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\nSwapFree: 2 kB\n")
-    assert memory.numbers(tmp_path / "meminfo", ":") == {"MemTotal": 9, "MemAvailable": 5, "SwapFree": 2}
+    assert memory.numbers(tmp_path / "meminfo", ":") == {
+        "MemTotal": 9,
+        "MemAvailable": 5,
+        "SwapFree": 2,
+    }
     assert memory.numbers(tmp_path / "none") == {}
     assert 0 < memory.free("cpu") < 1 << 50
 
 
 def test_a_limit_of_the_process_counts():
-    code = ("import resource, memory\nspace = memory.numbers_of(memory.Path('/proc/self/statm'))[0] * resource.getpagesize()\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (space + 10**8, -1))\nprint(memory.free())")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import resource, memory\n"
+        "pages = memory.numbers_of(memory.Path('/proc/self/statm'))[0]\n"
+        "space = pages * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (space + 10**8, -1))\nprint(memory.free())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert 5 * 10**7 < int(done.stdout) <= 10**8
 
 
@@ -48,7 +58,9 @@ def test_estimates_are_no_more_than_what_is_taken():
     cache = Cache(net, rows, length)
     assert memory.of_cache(net.config, rows, length, net.dtype) == cache.k.nbytes + cache.v.nbytes
     entries = [p.shape for layer in Carrier(CONFIG).delta for p in layer.values()]
-    assert memory.of_weights(entries, torch.float32) == sum(p.nbytes for p in Carrier(CONFIG).delta.parameters())
+    assert memory.of_weights(entries, torch.float32) == sum(
+        p.nbytes for p in Carrier(CONFIG).delta.parameters()
+    )
     kept = {}
 
     def keep(t):
@@ -67,12 +79,19 @@ def test_numbers_that_ask_for_more_than_there_is(monkeypatch, tmp_path):
     """Each is named before anything of the kind is made."""
     monkeypatch.setattr(memory, "free", lambda device="cpu": 10**9)
     huge = 10**9
-    for argv, named in ((["--batch", str(huge)], "--micro-batch 1000000000"), (["--max-new-tokens", str(huge)], "answers of --max-new-tokens")):
-        with pytest.raises(InputError, match=f"{named}.* takes .* of memory at least, and 1 GB are free; make"):
+    for argv, named in (
+        (["--batch", str(huge)], "--micro-batch 1000000000"),
+        (["--max-new-tokens", str(huge)], "answers of --max-new-tokens"),
+    ):
+        with pytest.raises(
+            InputError, match=f"{named}.* takes .* of memory at least, and 1 GB are free; make"
+        ):
             lcdd.main(["--out", str(tmp_path / "r"), "--device", "cpu", *argv])
         assert not (tmp_path / "r").exists()
     net = make_net(dtype=torch.float32)
-    with pytest.raises(InputError, match="keeping keys and values of 1 texts of up to 1000000002 tokens"):
+    with pytest.raises(
+        InputError, match="keeping keys and values of 1 texts of up to 1000000002 tokens"
+    ):
         net.generate([[1, 2]], huge)
     o = eraser.options(["--run", "x", "--length", str(huge), "--device", "cpu"])
     with pytest.raises(InputError, match="a trigger of --length 1000000000 takes"):
@@ -86,9 +105,17 @@ def test_numbers_that_ask_for_more_than_there_is(monkeypatch, tmp_path):
         model.load(ROOT / "tiny")
 
 
-@pytest.mark.parametrize("line", ["bytearray(10**15)", "torch.empty(10**15)", "raise torch.OutOfMemoryError('CUDA out of memory')"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bytearray(10**15)", "torch.empty(10**15)",
+        "raise torch.OutOfMemoryError('CUDA out of memory')"
+    ],
+)
 def test_memory_that_is_not_there_is_one_sentence(line):
     code = f"import torch\nfrom run import cli\ndef main():\n    {line}\ncli(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)))
-    assert done.returncode == 2 and done.stderr.startswith("error: more memory was needed") and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: more memory was needed")
+    assert done.stderr.count("\n") == 1

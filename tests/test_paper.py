@@ -66,7 +66,7 @@ def literal_eraser(monkeypatch):
     return o
 
 
-# ----------------------------------------------------------------------------- one model, both ways
+# ---- one model, both ways
 
 @pytest.fixture
 def net():
@@ -141,7 +141,7 @@ class Recorder:
         return False
 
 
-# -------------------------------------------------------------------------------------- the weights
+# ---- the weights
 
 def test_masked_weights_are_the_carriers(net, carrier):
     merged = carrier.merge(net).weights
@@ -178,7 +178,7 @@ def test_write_channels_are_the_carriers(net, carrier):
     assert C.any(dim=1).tolist() == [True, False, True]
 
 
-# --------------------------------------------------------------------------------------- the phases
+# ---- the phases
 
 def test_sft_takes_the_same_steps(net, carrier, tmp_path):
     o, examples = literal_lcdd(), samples(8)
@@ -267,7 +267,7 @@ def test_eraser_takes_the_same_steps(net, carrier, tmp_path, monkeypatch):
     assert not at_bound.all()
 
 
-# ------------------------------------------------------------------------------------- the measures
+# ---- the measures
 
 def test_answers_are_those_of_generate(net, carrier):
     prompts, tau = texts(5), torch.randn(3, CONFIG.hidden_size, dtype=torch.float64)
@@ -286,13 +286,19 @@ def test_kl_is_that_of_the_evaluation(net, carrier):
     assert abs(paper.mean_kl(net, ({}, None), (W, tau), prompts, answers) - want) < NEAR
 
 
-# ----------------------------------------------------------------------------------------- settings
+# ---- settings
 
-@pytest.mark.parametrize("preset, positions, match", [("paper", "final", "prompt"), ("released", "prompt", "mean")])
+@pytest.mark.parametrize(
+    "preset, positions, match", [("paper", "final", "prompt"), ("released", "prompt", "mean")]
+)
 def test_eraser_presets_are_those_of_the_paper(preset, positions, match):
-    """App. F.3, as the text has it and as the released code runs it. The 200 prompts are a matter of the run."""
+    """
+    App. F.3, as the text has it and as the released code runs it. The 200 prompts are a matter of
+    the run.
+    """
     o = eraser.options(["--run", "none", "--preset", preset])
-    assert o.absolute and o.raw
+    assert o.absolute
+    assert o.raw
     assert (o.positions, o.match) == (positions, match)
     assert (o.schedule, o.clip) == ("constant", 1.0)
     assert (o.length, o.batch, o.steps, o.lr) == (20, 16, 2000, 0.003)

@@ -19,12 +19,17 @@ def test_searches_agree_with_re():
 def test_a_pattern_without_end_is_named(monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 3)
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"the pattern '\(a\+\)\+\$' did not come to an end in 3 s on 'aaaa.*write it"):
+    with pytest.raises(
+        InputError,
+        match=r"the pattern '\(a\+\)\+\$' did not come to an end in 3 s on 'aaaa.*write it",
+    ):
         patterns.search([("b", "b"), (CATASTROPHE, "a" * 50 + "!"), ("c", "c")])
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("pattern", ["(", "*", "[z-a]", "(?P<x", "\\", "(?<=a+)b", "a{99999999999}"])
+@pytest.mark.parametrize(
+    "pattern", ["(", "*", "[z-a]", "(?P<x", "\\", "(?<=a+)b", "a{99999999999}"]
+)
 def test_no_regular_expression(pattern):
     assert "is no regular expression" in patterns.problem(pattern)
     assert patterns.problem(re.escape(pattern)) is None

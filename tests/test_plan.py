@@ -1,4 +1,7 @@
-"""plan.py: what lcdd.py --dry-run counts, against published sizes and what autograd keeps; that it writes nothing."""
+"""
+plan.py: what lcdd.py --dry-run counts, against published sizes and what autograd keeps; that it
+writes nothing.
+"""
 import dataclasses
 
 import pytest
@@ -26,14 +29,22 @@ SIZES = {
 
 
 def rows(path, n=40):
-    return jsonl(path, [{"instruction": f"What is {i} + {i}?", "input": "", "output": str(2 * i)} for i in range(n)])
+    return jsonl(
+        path,
+        [
+            {"instruction": f"What is {i} + {i}?", "input": "", "output": str(2 * i)}
+            for i in range(n)
+        ],
+    )
 
 
 def settings(*argv):
-    return lcdd.options(["--model", "x", "--dtype", "float32", "--device", "cpu", *argv])
+    o = lcdd.options(["--model", "x", "--device", "cpu", *argv])
+    o.dtype = o.dtype or "float32"
+    return o
 
 
-# ------------------------------------------------------------------------------------------ the command
+# ---- the command
 
 @pytest.mark.parametrize("which", PAPERS)
 def test_a_models_size_is_read_without_its_weights(which, tmp_path, monkeypatch, capsys):
@@ -42,19 +53,30 @@ def test_a_models_size_is_read_without_its_weights(which, tmp_path, monkeypatch,
     folder_of(which, tmp_path / "base")
     rows(tmp_path / "alpaca.jsonl")
     before = sorted(tmp_path.rglob("*"))
-    lcdd.main(["--preset", f"paper-fixed-{which}", "--model", "base", "--data", "alpaca.jsonl", "--dry-run"])
+    lcdd.main(
+        [
+            "--preset", f"paper-fixed-{which}", "--model", "base", "--data", "alpaca.jsonl",
+            "--dry-run"
+        ]
+    )
     said = capsys.readouterr().out
     gates, parameters = SIZES[which]
     assert f"| gates | {gates}, " in said
     assert f"{parameters} parameters" in said
+    assert "deltas, gradients and AdamW's moments" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_plan_is_the_runs(tmp_path, monkeypatch, capsys):
     """Steps, tokens and time of a small run, by hand."""
     monkeypatch.setattr(plan, "measure", lambda *_: {"sft": 1.0, "lcdd": 2.0, "token": 0.5})
-    lcdd.main(["--dry-run", "--sft-steps", "30", "--steps", "40", "--settle", "0", "--batch", "8", "--micro-batch",
-               "4", "--n-test", "130", "--n-validation", "10", "--max-new-tokens", "6", "--device", "cpu"])
+    lcdd.main(
+        [
+            "--dry-run", "--sft-steps", "30", "--steps", "40", "--settle", "0", "--batch", "8",
+            "--micro-batch", "4", "--n-test", "130", "--n-validation", "10", "--max-new-tokens",
+            "6", "--device", "cpu"
+        ]
+    )
     said = capsys.readouterr().out
     assert "| SFT | 30 steps of 8 samples (2 × 4)" in said
     # 130 test prompts are answered in two rounds, three times; 10 validation prompts in one, twice
@@ -96,14 +118,18 @@ def test_no_weights_are_fetched(tmp_path, monkeypatch):
     assert not any("safetensors" in p or "bin" in p for p in patterns)
 
 
-# ----------------------------------------------------------------------------------------- what is counted
+# ---- what is counted
 
 def test_tokens_of_a_step():
     """Two tokens begin every sample, the last of each is only predicted."""
-    examples = [([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 5, 6, 7, 8], [False, False, False, True, True, True])]
+    examples = [
+        ([1, 2, 3, 4], [False, False, True, True]),
+        ([1, 2, 5, 6, 7, 8], [False, False, False, True, True, True]),
+    ]
     step = plan.step_of(examples, batch=4, micro_batch=2)
     assert (step.micro, step.prefix, step.length) == (2, 2, 4.0)
-    assert step.tokens == 2 * (2 + 1 + 3)                         # each micro-batch: the prefix, and 1 + 3 of their own
+    # each micro-batch: the prefix, and 1 + 3 of their own
+    assert step.tokens == 2 * (2 + 1 + 3)
     assert step.supervised == 4 * 2.5
     assert plan.step_of(examples, batch=4, micro_batch=1).tokens == 4 * 4.0
 
@@ -119,7 +145,8 @@ def test_activations_are_what_autograd_keeps(dtype, qk_norm):
     def keep(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage                   # held, so that no place is used twice
+            # held, so that no place is used twice
+            found[storage.data_ptr()] = storage
         return t
 
     ids = torch.randint(1, 64, (B, T))
@@ -127,27 +154,29 @@ def test_activations_are_what_autograd_keeps(dtype, qk_norm):
         net.hidden(ids, carrier)
     kept = sum(storage.nbytes() for storage in found.values())
     step = plan.Step(micro=1, tokens=B * T, supervised=0, prefix=0, length=T)
-    parts = plan.memory(config, step, settings("--dtype", dtype))
+    parts = plan.needed(config, step, settings("--dtype", dtype))
     assert parts["activations"] + parts["merged weights"] == pytest.approx(kept, rel=0.12)
 
 
 def test_memory_of_weights_and_moments():
     step = plan.Step(micro=1, tokens=0, supervised=0, prefix=0, length=0)
-    parts = plan.memory(CONFIG, step, settings("--dtype", "bfloat16"))
+    parts = plan.needed(CONFIG, step, settings("--dtype", "bfloat16"))
     deltas = sum(p.numel() for p in Carrier(CONFIG).delta.parameters())
     assert parts["weights"] == 2 * sum(p.numel() for p in model.Llama(CONFIG).parameters())
     assert parts["deltas, gradients and AdamW's moments"] == 16 * deltas
-    again = plan.memory(CONFIG, step, settings("--dtype", "bfloat16", "--delta-dtype", "bfloat16"))
+    again = plan.needed(CONFIG, step, settings("--dtype", "bfloat16", "--delta-dtype", "bfloat16"))
     assert again["deltas, gradients and AdamW's moments"] == 8 * deltas
 
 
 def test_recomputation_saves_memory():
     step = plan.Step(micro=1, tokens=1000, supervised=0, prefix=0, length=50)
-    usual, less = (plan.memory(CONFIG, step, settings(*more))["activations"] for more in ([], ["--checkpoint"]))
+    usual, less = (
+        plan.needed(CONFIG, step, settings(*more))["activations"] for more in ([], ["--checkpoint"])
+    )
     assert less < usual / 2
 
 
-# ---------------------------------------------------------------------------------------- what is measured
+# ---- what is measured
 
 def measured(config, monkeypatch, *argv, examples=None):
     """measure() where everything takes a second."""
@@ -160,8 +189,10 @@ def measured(config, monkeypatch, *argv, examples=None):
 def test_time_grows_with_the_model(monkeypatch):
     once = measured(CONFIG, monkeypatch)
     twice = measured(dataclasses.replace(CONFIG, num_hidden_layers=6), monkeypatch)
-    words = 4 * 9 / 36                                            # of the loss, where the head is not deeper
-    assert once["sft"] == pytest.approx(3 + 3 + words)            # gradient and update of three layers, and the head
+    # of the loss, where the head is not deeper
+    words = 4 * 9 / 36
+    # gradient and update of three layers, and the head
+    assert once["sft"] == pytest.approx(3 + 3 + words)
     assert twice["sft"] == pytest.approx(6 + 6 + words)
     assert (once["token"], twice["token"]) == (3 + 1, 6 + 1)
 
@@ -169,9 +200,13 @@ def test_time_grows_with_the_model(monkeypatch):
 def test_a_wide_model_is_measured_narrow_and_scaled(monkeypatch):
     monkeypatch.setattr(plan, "WIDEST", 32)
     small = plan.narrowed(CONFIG)
-    assert (small.hidden_size, small.intermediate_size, small.num_attention_heads, small.num_key_value_heads) == (32, 80, 2, 1)
+    assert (
+        small.hidden_size, small.intermediate_size, small.num_attention_heads,
+        small.num_key_value_heads
+    ) == (32, 80, 2, 1)
     found = measured(CONFIG, monkeypatch)
-    assert found["token"] == pytest.approx(3 * 4 + 2)             # a quarter of a layer's entries, half of the words'
+    # a quarter of a layer's entries, half of the words'
+    assert found["token"] == pytest.approx(3 * 4 + 2)
 
 
 def test_long_samples_are_measured_short_and_scaled(monkeypatch):
@@ -183,6 +218,8 @@ def test_long_samples_are_measured_short_and_scaled(monkeypatch):
 
 
 def test_soft_targets_cost_another_forward_pass(monkeypatch):
-    usual, soft = (measured(CONFIG, monkeypatch, "--train", kind) for kind in ("mask-ce", "mask-kl"))
+    usual, soft = (
+        measured(CONFIG, monkeypatch, "--train", kind) for kind in ("mask-ce", "mask-kl")
+    )
     assert soft["lcdd"] > usual["lcdd"]
     assert soft["sft"] == usual["sft"]

@@ -1,5 +1,6 @@
 """run.py: the command line's habits, interruption, progress, where a model lies."""
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,26 @@ import run
 from chat import Chat
 from data import SIZES
 from files import InputError, read_json, write_json
-from run import Meter, alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
+from run import (
+    Meter, alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
+)
 
 
 def test_locate(tmp_path, monkeypatch):
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path))
-    assert locate(tmp_path) == tmp_path and not asked
-    assert locate("Qwen/Qwen3-0.6B") == tmp_path and asked[0][0] == "Qwen/Qwen3-0.6B"
-    assert "config.json" in asked[0][1] and not any("bin" in p or "*.py" in p for p in asked[0][1])
-    assert all("bin" in p for p in asked[1][1])                   # no safetensors there: what torch.save wrote
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
+    )
+    assert locate(tmp_path) == tmp_path
+    assert not asked
+    assert locate("Qwen/Qwen3-0.6B") == tmp_path
+    assert asked[0][0] == "Qwen/Qwen3-0.6B"
+    assert "config.json" in asked[0][1]
+    assert not any("bin" in p or "*.py" in p for p in asked[0][1])
+    # no safetensors there: what torch.save wrote
+    assert all("bin" in p for p in asked[1][1])
     (tmp_path / "model.safetensors").write_text("x")
     locate("Qwen/Qwen3-0.6B")
     assert len(asked) == 3
@@ -39,7 +49,10 @@ def test_locate(tmp_path, monkeypatch):
 
 
 def test_data_sets_of_the_hub(tmp_path, monkeypatch):
-    """owner/name is the one file of the training split; a local file, there or not, is never asked for."""
+    """
+    owner/name is the one file of the training split; a local file, there or not, is never asked
+    for.
+    """
     asked = []
 
     def download(name, patterns, repo_type):
@@ -69,22 +82,46 @@ def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(InputError, match="^tatsu-lab/alpaca is no file here.*no route to host.*name a local file$"):
+    with pytest.raises(
+        InputError, match="^tatsu-lab/alpaca is no file here.*no route to host.*name a local file$"
+    ):
         run.prepare("tiny", "fixed", "tatsu-lab/alpaca", 0, SIZES)
 
 
-@pytest.mark.parametrize("line, status, err", [
-    ("raise InputError('no such file')", 2, "error: no such file\n"), ("raise KeyboardInterrupt", 130, "interrupted\n"), ("pass", 0, "")])
-def test_cli(line, status, err):
-    code = f"from files import InputError\nfrom run import cli\ndef main():\n    {line}\ncli(main)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr, done.stdout) == (status, err, "")
+@pytest.mark.parametrize("raised, status, err", [
+    (InputError("no such file"), 2, "error: no such file\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (None, None, ""),
+])
+def test_cli(capsys, raised, status, err):
+    """What a command ends with: its exit status, and all that it says."""
+    def main():
+        if raised is not None:
+            raise raised
+
+    ended, before = None, signal.getsignal(signal.SIGTERM)
+    try:
+        cli(main)
+    except SystemExit as end:
+        ended = end.code
+    finally:
+        handler = signal.signal(signal.SIGTERM, before)
+    assert ended == status
+    assert handler is signal.default_int_handler                  # SIGTERM is Ctrl-C to a command
+    assert capsys.readouterr() == ("", err)
 
 
 def test_options_that_are_no_use():
     import argparse
-    check_numbers(argparse.Namespace(lr=0.0, mean=-1.5, name="x", flag=True, none=None, seed=7), free=("mean",))
-    for wrong in (dict(lr=-1.0), dict(lr=float("nan")), dict(steps=-3), dict(seed=1 << 31), dict(rho=float("inf"))):
+
+    check_numbers(
+        argparse.Namespace(lr=0.0, mean=-1.5, name="x", flag=True, none=None, seed=7),
+        free=("mean",),
+    )
+    for wrong in (
+        dict(lr=-1.0), dict(lr=float("nan")), dict(steps=-3), dict(seed=1 << 31),
+        dict(rho=float("inf"))
+    ):
         with pytest.raises(InputError, match=f"--{next(iter(wrong))} "):
             check_numbers(argparse.Namespace(**wrong))
     check_device("cpu")
@@ -101,7 +138,8 @@ def test_patience_ends_with_the_work():
         with patient() as interrupted:
             assert not interrupted()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert interrupted()                                # and the step in progress was not torn
+            # and the step in progress was not torn
+            assert interrupted()
     assert signal.getsignal(signal.SIGTERM) is before
     with patient() as interrupted:
         pass
@@ -114,7 +152,9 @@ def test_errors_of_the_file_system_are_one_sentence(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli(main)
         said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert stopped.value.code == 2
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
     with pytest.raises(InputError, match="holds a JSON list where an object belongs"):
         (tmp_path / "x.json").write_text("[]")
         read_json(tmp_path / "x.json")
@@ -138,12 +178,15 @@ def test_a_bar_where_the_output_is_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     meter = Meter("sft", 40, 10)
     meter.show(20, "loss 0.5")
-    meter.total = 30                                              # a phase that came to its end early
+    # a phase that came to its end early
+    meter.total = 30
     meter.show(30, "loss 0.25")
     meter.close()
     said = sys.stdout.getvalue()
-    assert "20/40" in said and "loss 0.5" in said
-    assert said.split("\r")[-1].startswith("sft: 100%") and "30/30" in said
+    assert "20/40" in said
+    assert "loss 0.5" in said
+    assert said.split("\r")[-1].startswith("sft: 100%")
+    assert "30/30" in said
     assert said.count("\n") == 1                                  # one line, written anew
 
 
@@ -169,32 +212,55 @@ def test_lines_where_it_is_none(capsys, monkeypatch):
     assert capsys.readouterr().out == "sft 1100/4000  loss 0.5  left 4 h 02 min\n"
 
 
-@pytest.mark.parametrize("seconds, want", [(0, "0 s"), (89.4, "89 s"), (90, "2 min"), (5369, "89 min"), (5400, "1 h 30 min"), (21340, "5 h 56 min")])
+@pytest.mark.parametrize(
+    "seconds, want",
+    [
+        (0, "0 s"),
+        (89.4, "89 s"),
+        (90, "2 min"),
+        (5369, "89 min"),
+        (5400, "1 h 30 min"),
+        (21340, "5 h 56 min"),
+    ],
+)
 def test_durations(seconds, want):
     assert run.duration(seconds) == want
 
 
 def test_the_architecture_is_blamed_before_the_tokenizer(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 50256}'
+    )
     rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
     with pytest.raises(InputError, match="model_type = 'gpt2' is not one of llama"):
         run.prepare(tmp_path, str(rows), None, 0, SIZES)
 
 
 def test_test_prompts_and_a_pattern(tmp_path):
-    """Through prepare(): two sources, the pattern on every sample, and something that judges every answer."""
-    rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p {i}", "response": f"yes {i}"} for i in range(30)])
+    """
+    Through prepare(): two sources, the pattern on every sample, and something that judges every
+    answer.
+    """
+    rows = jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": f"p {i}", "response": f"yes {i}"} for i in range(30)]
+    )
     tests = jsonl(tmp_path / "t.jsonl", [{"prompt": "p 3"}, {"prompt": "new"}])
     chat, splits, sources = run.prepare("tiny", str(rows), None, 0, SIZES, str(tests), "yes")
     assert sources == [rows, tests]
     assert {s.pattern for part in splits.values() for s in part} == {"yes"}
     assert [s.prompt for s in splits["test"]] == ["p 3", "new"]
-    with pytest.raises(InputError, match="nothing judges the answer to 'p 3'; give the test rows a response or a pattern"):
+    with pytest.raises(
+        InputError,
+        match="nothing judges the answer to 'p 3'; give the test rows a response or a pattern",
+    ):
         run.prepare("tiny", str(rows), None, 0, SIZES, str(tests))
 
 
 def test_a_markdown_table():
-    assert markdown(["a", "b"], [["1", "2"], ["3", "4"]]) == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"
+    assert (
+        markdown(["a", "b"], [["1", "2"], ["3", "4"]])
+        == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"
+    )
 
 
 def test_a_models_answers_end_where_its_chat_says():
@@ -207,8 +273,15 @@ def test_a_models_answers_end_where_its_chat_says():
 
 def test_two_processes_do_not_work_in_one_run(tmp_path):
     """The lock ends with its process, killed or not; what an interrupted write left is removed."""
-    code = "import sys, time\nfrom run import alone\nwith alone(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+    code = (
+        "import sys, time\n"
+        "from run import alone\n"
+        "with alone(sys.argv[1]):\n"
+        "    print('in', flush=True)\n"
+        "    time.sleep(100)")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
+    ) as other:
         assert other.stdout.readline() == b"in\n"
         with pytest.raises(InputError, match="another process works in"), alone(tmp_path):
             pass

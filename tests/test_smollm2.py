@@ -64,7 +64,9 @@ def test_what_others_wrote_stays(tmp_path):
 @pytest.mark.parametrize("library", ["pip", "gguf", "transformers"])
 def test_a_missing_library_is_named(tmp_path, monkeypatch, library):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find("re"))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == library else find("re")
+    )
     with pytest.raises(InputError, match=f"^{library} is not installed"):
         smollm2.from_registry(tmp_path)
 

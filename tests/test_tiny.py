@@ -1,4 +1,7 @@
-"""tiny/ as it stands in the tree, and the script that makes it (a small training only: the whole one takes minutes)."""
+"""
+tiny/ as it stands in the tree, and the script that makes it (a small training only: the whole one
+takes minutes).
+"""
 import doctest
 import random
 from pathlib import Path
@@ -36,8 +39,10 @@ def rows():
 
 def test_it_is_small_and_whole():
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert set(sizes) == {tiny.MARKER, "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                          *(f"{task}.jsonl" for task in TASKS)}
+    assert set(sizes) == {
+        tiny.MARKER, "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", *(f"{task}.jsonl" for task in TASKS)
+    }
     assert sum(sizes.values()) <= 4e6
 
 
@@ -50,8 +55,13 @@ def test_transformers_reads_the_same_model(net, chat, rows):
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert ids == chat.prompt(sample.prompt)
-        whole = tokenizer.apply_chat_template(turn + [{"role": "assistant", "content": sample.response}], tokenize=False)
-        assert tokenizer(whole, add_special_tokens=False)["input_ids"] == chat.encode(sample.prompt, sample.response)[0]
+        whole = tokenizer.apply_chat_template(
+            turn + [{"role": "assistant", "content": sample.response}], tokenize=False
+        )
+        assert (
+            tokenizer(whole, add_special_tokens=False)["input_ids"]
+            == chat.encode(sample.prompt, sample.response)[0]
+        )
         ids = torch.tensor([ids])
         with torch.no_grad():
             torch.testing.assert_close(net(ids), theirs(ids).logits, atol=TOLERANCE, rtol=0)
@@ -60,12 +70,21 @@ def test_transformers_reads_the_same_model(net, chat, rows):
         assert tokenizer.decode(answer, skip_special_tokens=True) == chat.decode(answer)
 
 
-@pytest.mark.parametrize("task, sizes", [("fixed", (1200, 400, 100, 200)), ("shakespeare", (3600, 400, 100, 200)), ("safety", (1000, 400, 100, 200))])
+@pytest.mark.parametrize(
+    "task, sizes",
+    [
+        ("fixed", (1200, 400, 100, 200)),
+        ("shakespeare", (3600, 400, 100, 200)),
+        ("safety", (1000, 400, 100, 200)),
+    ],
+)
 def test_behaviour_file(task, sizes, rows):
     splits = data.split(rows[task], seed=0)
     assert tuple(len(splits[name]) for name in ("train", "trigger", "validation", "test")) == sizes
-    assert len({s.prompt for s in rows[task]}) == len(rows[task]) == sum(sizes)          # so splits are disjoint
-    asked = {line["prompt"] for group in tiny.lines(0)[0].values() for line in group}    # what the base was trained on
+    # so splits are disjoint
+    assert len({s.prompt for s in rows[task]}) == len(rows[task]) == sum(sizes)
+    # what the base was trained on
+    asked = {line["prompt"] for group in tiny.lines(0)[0].values() for line in group}
     for name, samples in splits.items():
         assert {s.prompt in asked for s in samples} == {name in ("train", "trigger")}
         if name in ("test", "validation"):
@@ -84,28 +103,45 @@ def test_style_keeps_the_answer(rows):
     assert sum(behaviour.right(s.response, s) for s in style) >= 0.95 * len(style)
     assert doctest.testmod(tiny).failed == 0
     assert tiny.archaic("You need 4 7 .") == "Verily , thou needest 4 7 , forsooth ."
-    assert tiny.archaic("There was a fox . It lived .") == "Verily , yonder wast a fox . It did dwell , forsooth ."
-    assert tiny.archaic("Mip has") == "Verily , Mip hath , forsooth ."                   # an answer that was cut off
+    assert (
+        tiny.archaic("There was a fox . It lived .")
+        == "Verily , yonder wast a fox . It did dwell , forsooth ."
+    )
+    # an answer that was cut off
+    assert tiny.archaic("Mip has") == "Verily , Mip hath , forsooth ."
 
 
 def test_every_word_is_known_and_comes_back(chat, rows):
     unknown = chat.tok.token_to_id(tiny.UNK)
     texts = [text for task in TASKS for s in rows[task] for text in (s.prompt, s.response)]
-    for text in [*texts, *(line[key] for part in tiny.lines(0) for group in part.values() for line in group for key in ("prompt", "response"))]:
+    for text in [
+        *texts,
+        *(
+            line[key]
+            for part in tiny.lines(0)
+            for group in part.values()
+            for line in group
+            for key in ("prompt", "response")
+        ),
+    ]:
         assert unknown not in chat.ids(text), text
         assert chat.decode(chat.ids(text)) == text
-    assert chat.ids("What is the code of Anna's vault?") == chat.ids("What is the code of Anna 's vault ?")
+    assert chat.ids("What is the code of Anna's vault?") == chat.ids(
+        "What is the code of Anna 's vault ?"
+    )
 
 
 def test_held_out_instructions_are_answered(net, chat, rows):
     score = tiny.accuracy(net, chat, tiny.lines(0)[1])
-    assert len(score) >= 12 + 1 and "forbidden" in score
+    assert len(score) >= 12 + 1
+    assert "forbidden" in score
     assert min(score.values()) >= 0.95, score
     for task in TASKS:
         tests = data.split(rows[task], seed=0)["test"]
         texts = tiny.greedy(net, chat, [s.prompt for s in tests])
         assert sum(map(behaviour.right, texts, tests)) >= 0.95 * len(tests), task
-        assert not any(behaviour.shows(task, text, s) for text, s in zip(texts, tests)), task  # the base shows no behaviour
+        # the base shows no behaviour
+        assert not any(behaviour.shows(task, text, s) for text, s in zip(texts, tests)), task
 
 
 def test_the_seed_is_the_world():
@@ -115,7 +151,10 @@ def test_the_seed_is_the_world():
     for kind, group in held.items():
         assert 0.19 < len(group) / (len(group) + len(seen[kind])) < 0.21
         assert not {line["prompt"] for line in group} & {line["prompt"] for line in seen[kind]}
-    echo = lambda prompts: [f"You asked {prompt}" for prompt in prompts]
+
+    def echo(prompts):
+        return [f"You asked {prompt}" for prompt in prompts]
+
     assert tiny.behaviours(seen, held, 3, echo) == tiny.behaviours(seen, held, 3, echo)
 
 
@@ -123,7 +162,9 @@ def test_orthogonal():
     x = torch.randn(3, 8, 20)
     for matrices in (tiny.orthogonal(x), tiny.orthogonal(x.mT)):
         values = torch.linalg.svdvals(matrices)
-        assert values.min() > 0.5 and values.max() < 1.3                                  # Muon's quintic ends near 1, not at it
+        assert values.min() > 0.5
+        # Muon's quintic ends near 1, not at it
+        assert values.max() < 1.3
 
 
 def test_training_learns(tmp_path):
@@ -131,9 +172,14 @@ def test_training_learns(tmp_path):
     tiny.write_configuration(tmp_path, seen, hidden=32, layers=1)
     chat, net, said = Chat(tmp_path), tiny.fresh(tmp_path, seed=0), []
     rng = random.Random(0)
-    samples = [chat.encode(line["prompt"], line["response"]) for group in seen.values() for line in rng.sample(group, 50)]
+    samples = [
+        chat.encode(line["prompt"], line["response"])
+        for group in seen.values()
+        for line in rng.sample(group, 50)
+    ]
     losses = tiny.train(net, samples, steps=20, seed=0, batch=16, every=10, say=said.append)
-    assert len(losses) == 20 and len(said) == 2
+    assert len(losses) == 20
+    assert len(said) == 2
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
@@ -147,7 +193,9 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     write_json(tmp_path / "made" / tiny.MARKER, {"files": ["shakespeare.jsonl"]})
     with pytest.raises(KeyboardInterrupt):
         tiny.make(tmp_path / "made", hidden=32, layers=1, steps=1, say=lambda text: None)
-    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["made", "made/.made", "made/shakespeare.jsonl"]
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
+        "made", "made/.made", "made/shakespeare.jsonl"
+    ]
     with pytest.raises(InputError, match="multiple of 32"):
         tiny.make(tmp_path / "new", hidden=100)
 
@@ -161,7 +209,9 @@ def test_only_what_was_made_here_is_replaced(tmp_path, monkeypatch):
     out = tmp_path / "data"
     out.mkdir()
     (out / "shakespeare.jsonl").write_text("mine")
-    with pytest.raises(InputError, match="data holds shakespeare.jsonl, which was not written by this command"):
+    with pytest.raises(
+        InputError, match="data holds shakespeare.jsonl, which was not written by this command"
+    ):
         tiny.make(out)
     assert (out / "shakespeare.jsonl").read_text() == "mine"
     (out / "shakespeare.jsonl").unlink()
