@@ -1,4 +1,4 @@
-"""The same seed gives the same bits, and a run directory says what it was made with and can be carried elsewhere."""
+"""The same seed gives the same bits; a run says what it was made with, and can be carried elsewhere."""
 import platform
 import shlex
 import shutil
@@ -15,13 +15,15 @@ import machine
 from files import fingerprint, read_json, read_jsonl
 from helpers import ROOT
 
-WORDS = ["--go-on", "--sft-steps", "6", "--steps", "4", "--settle", "1", "--warmup", "1", "--log-every", "1", "--batch", "8", "--n-train", "60",
-         "--n-test", "4", "--n-trigger", "4", "--n-validation", "4", "--max-new-tokens", "8", "--device", "cpu"]
+WORDS = ["--go-on", "--sft-steps", "6", "--steps", "4", "--settle", "1", "--warmup", "1",
+         "--log-every", "1", "--batch", "8", "--n-train", "60", "--n-test", "4", "--n-trigger", "4",
+         "--n-validation", "4", "--max-new-tokens", "8", "--device", "cpu"]
 
 
 def trigger(run):
     try:
-        eraser.main(["--run", str(run), "--steps", "4", "--judge-every", "2", "--length", "4", "--batch", "4", "--device", "cpu"])
+        eraser.main(["--run", str(run), "--steps", "4", "--judge-every", "2", "--length", "4",
+                     "--batch", "4", "--device", "cpu"])
     except files.Failed:
         pass                                                    # so few steps move nothing
 
@@ -49,7 +51,8 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, threads, count):
         evaluate.main(["--run", str(run), "--device", "cpu"])
         assert read_json(run / "config.json")["made"]["threads"] == count
     for name in ("sft", "carrier", "trigger"):
-        assert fingerprint(runs[0] / f"{name}.safetensors") == fingerprint(runs[1] / f"{name}.safetensors"), name
+        first, second = (fingerprint(run / f"{name}.safetensors") for run in runs)
+        assert first == second, name
     logs = [list(map(without_seconds, read_jsonl(run / "metrics.jsonl"))) for run in runs]
     assert len(logs[0]) > 10 and logs[0] == logs[1]
     results = [without_seconds(read_json(run / "results.json")) for run in runs]
@@ -74,19 +77,21 @@ def test_a_copied_run_gives_the_same_table_elsewhere(run, tmp_path, monkeypatch,
         (copied / name).unlink()
     monkeypatch.chdir(tmp_path / "else where")
     evaluate.main(["--run", "copied", "--device", "cpu"])
-    want, found = (text[text.index("| fixed |"):] for text in (table, capsys.readouterr().out.split("seconds:")[0]))
-    assert found == want
+    found = capsys.readouterr().out.split("seconds:")[0]
+    assert found[found.index("| fixed |"):] == table[table.index("| fixed |"):]
     assert without_seconds(read_json(copied / "results.json"))["kl"] == read_json(run / "results.json")["kl"]
 
 
 def test_a_run_says_what_it_was_made_with(run):
     config = read_json(run / "config.json")
     assert config["versions"] == {"torch": torch.__version__, "python": platform.python_version()}
-    assert config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl") and len(config["base_fingerprint"]) == 16
+    assert config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
+    assert len(config["base_fingerprint"]) == 16
     made = config["made"]
     assert shlex.split(made["command"])[:3] == ["python", "lcdd.py", "--go-on"] and made["processes"] == 1
     assert made["threads"] == torch.get_num_threads()
-    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert (made["revision"] or "").removesuffix("-dirty") == head                     # "" where this is no clone
+    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    assert (made["revision"] or "").removesuffix("-dirty") == head          # "" where this is no clone
     header = files.read_header(run / "carrier.safetensors")
-    assert "made" not in header["settings"]                                           # a carrier travels without this machine's paths
+    assert "made" not in header["settings"]           # it travels without this machine's paths
