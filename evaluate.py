@@ -574,7 +574,7 @@ def main(argv=None):
     rows = measure(net, chat, config["task"], samples, conditions, config["max_new_tokens"],
                    config["max_len"], eos=not o.no_eos)
     chat.say_cut("prompts", config["max_len"])
-    results = before | found | carrier.stats() | results_of(rows, samples)
+    results = {"task": config["task"]} | before | found | carrier.stats() | results_of(rows, samples)
     results["shut_is_base"] = is_base(net, chat, config, samples[:32], shut)
     results["eos"] = not o.no_eos
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
