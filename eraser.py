@@ -314,11 +314,11 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
     stands is judged on all of `judge`; the τ that was judged lowest is returned. `state`: a file to
     save to and to go on from.
     """
+    memory.check(memory.of_tokens(net.config, o.length, net.dtype), f"a trigger of --length {o.length}",
+                 "make it shorter", net.device)
     if len(train.ids) < 2 and not o.raw:
         raise InputError("one trigger prompt has no variance to divide Eq. 7 by; give more with "
                          "lcdd.py --n-trigger, or --raw")
-    memory.check(memory.of_tokens(net.config, o.length, net.dtype), f"a trigger of --length {o.length}",
-                 "make it shorter", net.device)
     mask = mask.to(net.device)
     tokens = model.wide(net.embedding)                                                  # (V, d)
     unit = 1.0 if o.absolute else float(tokens.norm(dim=1).mean())
@@ -335,7 +335,7 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
             loss, mse, kl, norm = judged(net, weights, tau, judge, mask, o, unit, variance)
             if loss < lowest:
                 lowest, best = loss, tau.detach().clone()
-            if log:
+            if log and (t > start or start == 0):               # the line of a saved step is there
                 log(t, loss=loss, mse=mse, kl=kl, norm=norm, best=lowest)
 
         stop = interrupted()

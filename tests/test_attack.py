@@ -1,4 +1,4 @@
-"""lab/attack.py: damaged files and odd options end in one sentence; a fixed few of the 10,000 rounds and of all options."""
+"""lab/attack.py: damaged files and odd options end in one sentence; a fixed few of the 10,000 rounds and of all options."""  # noqa: E501
 import contextlib
 import io
 import random
@@ -49,7 +49,7 @@ def test_some_odd_options_of_every_script(world, name):
 
 def test_what_is_no_sentence_is_seen():
     assert attack.judged(2, "note: a\nerror: one\n") == ("refused", "error: one")
-    for status, said in ((1, "error: one\n"), (2, "error: one\ntwo\n"), (2, "usage: x\n"), (2, "error: a\x00\n"), (2, "error: a\nerror: b\n")):
+    for status, said in ((1, "error: one\n"), (2, "error: one\ntwo\n"), (2, "usage: x\n"), (2, "error: a\x00\n"), (2, "error: a\nerror: b\n")):  # noqa: E501
         assert attack.judged(status, said)[0] not in attack.WELL
 
     def fails():
@@ -73,7 +73,7 @@ def test_limits_of_a_round(monkeypatch):
 
 
 def test_damage_is_the_same_for_the_same_seed(world, tmp_path):
-    for name, way in (("run/config.json", damage.json_file), ("run/carrier.safetensors", damage.tensors), ("rows.csv", damage.text)):
+    for name, way in (("run/config.json", damage.json_file), ("run/carrier.safetensors", damage.tensors), ("rows.csv", damage.text)):  # noqa: E501
         made = []
         for k in range(2):
             here = copied(world, tmp_path / f"{name[-5:]}{k}")

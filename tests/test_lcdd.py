@@ -625,7 +625,7 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
     monkeypatch.setattr(lcdd, "clip_gradients", stopping)
     argv = brief(
         "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
-        "--resume")
+        "--sure", "0", "--resume")
     with pytest.raises(KeyboardInterrupt):
         lcdd.main(argv)
     assert (tmp_path / "r" / f"{file}.safetensors").is_file()

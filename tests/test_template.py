@@ -1,4 +1,4 @@
-"""template.py: a chat template may take no more than its time and its memory. What it writes: test_chat.py."""
+"""template.py: a chat template may take no more than its time and its memory. What it writes: test_chat.py."""  # noqa: E501
 import contextlib
 import os
 import signal
@@ -17,9 +17,9 @@ FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 @pytest.mark.parametrize("text, said", [
     ("{{ 'x' * 10**10 }}", "memory"), ("{{ 'a'|center(10**10) }}", "memory"), ("{{ [0] * 10**9 }}", "memory"),
-    ("{{ 'x' * 10**6 }}", "more text"), ("x" * (2 << 20), "longer than"), ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
-    ("{{ 1 / 0 }}", "division by zero"), ("{% break %}", "outside loop"), ("{{ messages|dictsort }}", "items"),
-    ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ lipsum.__globals__['os'].system('true') }}", "unsafe|undefined"), ("{{ x.y.z }}", "undefined")])
+    ("{{ 'x' * 10**6 }}", "more text"), ("x" * (2 << 20), "longer than"), ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),  # noqa: E501
+    ("{{ 1 / 0 }}", "division by zero"), ("{% break %}", "outside loop"), ("{{ messages|dictsort }}", "items"),  # noqa: E501
+    ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ lipsum.__globals__['os'].system('true') }}", "unsafe|undefined"), ("{{ x.y.z }}", "undefined")])  # noqa: E501
 def test_what_a_template_may_not(text, said):
     with pytest.raises(TemplateFails, match=said):
         render_all(text, [{"messages": ["hello"]}])
@@ -28,7 +28,7 @@ def test_what_a_template_may_not(text, said):
 
 def test_a_template_that_does_not_end(monkeypatch):
     """Not even one that stays within a single call of Python, which hears no signal."""
-    monkeypatch.setattr(template, "START", template.START.replace("template.serve", "template.SECONDS = 0.3; template.serve"))
+    monkeypatch.setattr(template, "START", template.START.replace("template.serve", "template.SECONDS = 0.3; template.serve"))  # noqa: E501
     for text in (FOREVER, "{{ 9**(9**9) }}"):
         if CHILD.process:
             CHILD.end()
@@ -44,7 +44,7 @@ def test_the_sandbox_writes_nothing(tmp_path):
     for piece in damage.PIECES:
         if "__" in piece:
             with contextlib.suppress(TemplateFails):
-                written, = render_all(piece.replace("true", f"touch {target}"), [{"messages": [], "bos_token": ""}])
+                written, = render_all(piece.replace("true", f"touch {target}"), [{"messages": [], "bos_token": ""}])  # noqa: E501
                 assert "class" not in written and "function" not in written
     assert not target.exists()
 
@@ -56,7 +56,7 @@ def test_many_at_a_time_are_each_ones_own():
     alone = [chat.render(text) for text in texts[:9]]
     chat.expect(texts)
     assert [chat.render(text) for text in texts[:9]] == alone and len(chat.rendered) == len(texts)
-    assert chat.render("1 é 🦊", [{"role": "user", "content": "before"}]) != alone[1]      # earlier turns are no part of what is expected
+    assert chat.render("1 é 🦊", [{"role": "user", "content": "before"}]) != alone[1]      # earlier turns are no part of what is expected  # noqa: E501
 
 
 def test_an_interruption_leaves_no_answer_behind():
@@ -90,5 +90,5 @@ def test_the_sentence_names_the_folder(tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text((ROOT / "tiny" / name).read_text())
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content * 10**10 }}")
-    with pytest.raises(InputError, match=f"^{tmp_path}: the chat template fails on a single user turn .*memory.*; repair it$"):
+    with pytest.raises(InputError, match=f"^{tmp_path}: the chat template fails on a single user turn .*memory.*; repair it$"):  # noqa: E501
         Chat(tmp_path).prompt("x")
