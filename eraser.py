@@ -32,12 +32,14 @@ import machine
 import memory
 import model
 import packed
+import parallel
 from chat import collate
 from files import (COUNT, TEXT, Failed, InputError, append_jsonl, check_fields, check_finite,
                    check_tensors, load_tensors, read_header, save_tensors, shown, size, take_back,
                    write_json)
-from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers, cli, fields_of,
-                 patient, read_results, reopen, ticker)
+from parallel import add_up, share, summed
+from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers, check_processes, cli,
+                 fields_of, launcher, patient, read_results, reopen, ticker)
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
@@ -238,7 +240,7 @@ def matching_loss(stream, target, mask, match="prompt", variance=None):
     divides its term; None: as it stands.
     """
     if match == "mean":
-        stream, target = stream.mean(1, keepdim=True), target.mean(1, keepdim=True)
+        stream, target = parallel.mean(stream, 1), target.mean(1, keepdim=True)
     size = mask.sum(1)                                                                  # (L)
     square = model.wide(stream - target).square().mean(1)                               # (L, d)
     error = (square * mask).sum(1) / size.clamp(min=1)                                  # (L)
@@ -284,13 +286,14 @@ def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=N
 def judged(net, weights, tau, targets, mask, o, unit=1.0, variance=None):
     """Eq. 6 over all prompts of `targets`, piece by piece: four numbers, as trigger_loss()."""
     P = len(targets.ids)
+    own = share(range(P))
     many = P if o.match == "mean" else 64           # a mean over prompts is none of pieces' means
     total = [0.0] * 4
-    for i in range(0, P, many):
-        rows = list(range(i, min(i + many, P)))
+    for i in range(0, len(own), many):
+        rows = list(own[i:i + many])
         parts = trigger_loss(net, weights, tau, targets, rows, mask, o, unit, variance)
         total = [t + float(len(rows) / P * part) for t, part in zip(total, parts)]
-    return total
+    return [summed(t) for t in total]
 
 
 @torch.no_grad()
@@ -346,9 +349,11 @@ def learn(net, weights, train, judge, mask, o, state=None, interrupted=lambda: F
         # one step on a batch that depends on nothing but its number
         shuffle = torch.Generator().manual_seed(o.seed * 10007 + t)
         rows = torch.randperm(len(train.ids), generator=shuffle)[:o.batch].tolist()
-        loss = trigger_loss(net, weights, tau, train, rows, mask, o, unit, variance)[0]
+        own = share(rows)
+        loss = trigger_loss(net, weights, tau, train, own, mask, o, unit, variance)[0]
         optimizer.zero_grad()
-        loss.backward()
+        (loss * (len(own) / len(rows))).backward()
+        add_up([tau.grad])
         fall = 0.5 * (1 + math.cos(math.pi * t / o.steps)) if o.schedule == "cosine" else 1.0
         optimizer.param_groups[0]["lr"] = lr * fall
         if o.clip:
@@ -448,7 +453,7 @@ def main(argv=None):
         except KeyboardInterrupt:
             words = sys.argv[1:] if argv is None else argv
             words = [str(w) for w in words if w != "--resume"]
-            again = shlex.join(["python", "eraser.py", *words, "--resume"])
+            again = shlex.join([*launcher(), "eraser.py", *words, "--resume"])
             raise Interrupted(again) from None
 
 
@@ -502,6 +507,7 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
         targets[split] = base_targets(net, ids, o.k, o.positions, weights, progress=tell)
     train, judge = targets["trigger"], targets["validation"]
     chat.say_cut("prompts", config["max_len"])
+    check_processes("--batch", min(o.batch, len(train.ids), len(judge.ids)))
     mask = channels(lcdd, o.objective, o.seed)
     print(f"{o.name}: {o.length} tokens before the {o.target} model, {len(splits['trigger'])} prompts, "
           f"judged on {len(splits['validation'])}; write channels {int(mask.sum())} of {mask.numel()}")
@@ -521,4 +527,4 @@ def learn_into(run, o, net, chat, config, splits, lcdd, weights, state):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, together=True)

@@ -24,6 +24,7 @@ import model
 from chat import collate
 from files import (
     COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
+from parallel import add_up, once, share
 from run import (
     Parser, check_device, check_numbers, cli, load_model, markdown, read_results, reopen, ticker)
 
@@ -106,6 +107,7 @@ def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=10
     """
     order = [i for i in range(len(prompts)) if answers[i]]
     order.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
+    order = share(order)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         texts = []
@@ -144,6 +146,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     for owner, _, logp in stream:
         for p, q in pairs:
             totals[p, q].index_add_(0, owner, divergence(logp[p], logp[q]))
+    add_up(totals.values())
     lengths = torch.tensor([len(a) for a in answers])
     return {pair: total / lengths for pair, total in totals.items()}
 
@@ -161,6 +164,7 @@ def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=1024):
             kl[name].index_add_(0, owner, divergence(logp["base"], q))
             nll = -q.gather(1, token[:, None].to(q.device)).squeeze(1)       # (N)
             loss[name].index_add_(0, owner, nll.double().cpu())
+    add_up([*kl.values(), *loss.values()])
     lengths = torch.tensor([len(a) for a in answers])
     kl.pop("base")
     return ({name: total / lengths for name, total in kl.items()},
@@ -411,6 +415,7 @@ def draw_bars(axes, results, metrics, title):
     axes.legend(fontsize=8, ncols=2, loc="upper center")
 
 
+@once
 def figure(run, results, carrier, path):
     """Training, open gates, and the metrics of the four conditions: one PNG of a run."""
     try:
@@ -569,7 +574,7 @@ def main(argv=None):
     rows = measure(net, chat, config["task"], samples, conditions, config["max_new_tokens"],
                    config["max_len"], eos=not o.no_eos)
     chat.say_cut("prompts", config["max_len"])
-    results = before | found | carrier.stats() | results_of(rows, samples)
+    results = {"task": config["task"]} | before | found | carrier.stats() | results_of(rows, samples)
     results["shut_is_base"] = is_base(net, chat, config, samples[:32], shut)
     results["eos"] = not o.no_eos
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
@@ -581,4 +586,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, together=True)

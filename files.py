@@ -1,7 +1,7 @@
 """
 Files, written whole or not at all: JSON, JSON lines, safetensors; and the one error that bad input raises.
 
-The lowest floor: nothing of ours is imported here.
+The lowest floor but parallel.py, which runs what writes in one process.
 """
 import contextlib
 import hashlib
@@ -35,6 +35,8 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from parallel import once
 
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -101,6 +103,7 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
+@once
 def write_text(path, text):
     """Write text: after a crash the old file stands, never half of the new one."""
     with whole(path) as partial:
@@ -135,6 +138,7 @@ def unwritable(path, error):
                       "the command again")
 
 
+@once
 def append_jsonl(path, row):
     """Append one object as one line. Raises InputError where that fails, or `path` is a link."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
@@ -146,6 +150,7 @@ def append_jsonl(path, row):
         raise unwritable(path, error) from None
 
 
+@once
 def take_back(path, size, phases):
     """
     Take out of a log what `phases` wrote behind its first `size` bytes, and lines that a crash cut
@@ -376,6 +381,7 @@ def check_finite(where, tensors):
                              "again")
 
 
+@once
 def save_tensors(path, tensors, **metadata):
     """Write tensors, and metadata as JSON in the file's header; the old file stands until then."""
     header = {key: json.dumps(value) for key, value in metadata.items()}

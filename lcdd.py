@@ -40,8 +40,9 @@ from chat import collate
 from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_fields, check_tensors,
                    fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back,
                    write_json, write_text)
-from run import (Interrupted, Meter, alone, cli, locate, open_run, patient, portable, prepare,
-                 read_results, resume_command, ticker)
+from parallel import AdamW, add_up, once, share, summed, world
+from run import (Interrupted, Meter, alone, check_processes, cli, locate, made_by, open_run, patient,
+                 portable, prepare, read_results, resume_command, ticker)
 from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
@@ -108,6 +109,7 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence
     """
     batch = sorted(batch, key=lambda e: len(e[0]))                  # less padding a micro-batch
     tokens = sum(sum(mask[1:]) for _, mask in batch)
+    batch = share(batch)                                            # of this process
     several = len(batch) > micro_batch
     step = OneStep(carrier, keep=several and not net.checkpoint)    # recomputation saves memory
     total = 0.0
@@ -116,7 +118,8 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence
         loss = task_loss(net, step, ids, mask, teacher, divergence=divergence) / tokens
         loss.backward()
         total += loss.detach()
-    return float(total)
+    add_up(p.grad for p in carrier.parameters() if p.grad is not None)
+    return summed(float(total))
 
 
 @functools.lru_cache(maxsize=2)
@@ -308,12 +311,12 @@ def save_state(path, carrier, optimizer, extra=None, **metadata):
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in carrier.state_dict().items()}
     tensors |= {f"extra.{k}": v.detach().cpu() for k, v in (extra or {}).items()}
-    for i, p in enumerate(optimizer.param_groups[0]["params"]):
-        for k, v in optimizer.state[p].items():
-            tensors[f"adam.{i}.{k}"] = v.detach().cpu().contiguous()
+    for i, k, v in optimizer.moments():
+        tensors[f"adam.{i}.{k}"] = v.detach().cpu().contiguous()
     save_tensors(path, tensors, log=size(path.parent / "metrics.jsonl"), **metadata)
 
 
+@once
 def forget(state, file, phases):
     """Remove the state of `phases` once the file that they end in is there, and only then."""
     if file.is_file() and state.is_file() and read_header(state).get("phase") in phases:
@@ -334,17 +337,17 @@ def load_state(path, phases, carrier, optimizer):
         raise InputError(f"{path}: the state of another phase, {metadata.get('phase')!r}, where "
                          f"{phases[0]!r} goes on; remove it to start this phase again")
     check_fields(path, metadata, STATES[metadata["phase"]])
-    params = optimizer.param_groups[0]["params"]
+    params = optimizer.every
     check_tensors(path, tensors, like_state(carrier, params, metadata, tensors))
     take_back(log, metadata["log"], phases)
     metadata["extra"] = beginning_with("extra.", tensors)
     others = ("adam.", "extra.")
     carrier.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(others)})
-    for i, p in enumerate(params):
+    for i in range(len(params)):
         moments = beginning_with(f"adam.{i}.", tensors)
         if moments:
             # all to the device, the step too: fused AdamW counts there
-            optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+            optimizer.restore(i, moments)
     return metadata
 
 
@@ -369,7 +372,7 @@ def beginning_with(prefix, tensors):
 
 def adamw(carrier, lr):
     """AdamW on the deltas without weight decay; its moments have the deltas' dtype."""
-    return torch.optim.AdamW(carrier.delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return AdamW(carrier.delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
 def linear(t, steps, warmup=0):
@@ -672,12 +675,12 @@ def mean_loss(net, weights, examples, pad_id, micro_batch, teacher=None):
     The task loss of a carrier or frozen weights in nats a token, teacher-forced, over many samples:
     Eq. 4's left side.
     """
-    total = tokens = 0
+    total, tokens, examples = 0, 0, share(examples)
     for i in range(0, len(examples), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(examples[i:i + micro_batch], pad_id))
         total += float(task_loss(net, weights, ids, mask, teacher))
         tokens += int(mask[:, 1:].sum())
-    return total / tokens
+    return summed(total) / summed(tokens)
 
 
 def supervised(examples, loss):
@@ -805,7 +808,8 @@ def check_memory(o, net, examples):
     entries = [m.weight.shape for layer in net.projections for m in layer.values()]
     lengths = [len(ids) for ids, _ in examples]
     tokens = o.micro_batch * sum(lengths) // len(lengths)
-    deltas = 4 * memory.of_weights(entries, getattr(torch, o.delta_dtype))      # Δ, gradient, moments
+    copies = 2 + 2 / world()                                        # Δ and gradient; the moments
+    deltas = copies * memory.of_weights(entries, getattr(torch, o.delta_dtype))
     kept = memory.of_tokens(net.config, tokens, net.dtype, o.checkpoint)
     memory.check(deltas + kept + 8 * o.batch, f"training with --micro-batch {o.micro_batch} and "
                  f"--batch {o.batch}", "make them smaller, or use --checkpoint, --delta-dtype bfloat16 "
@@ -840,7 +844,7 @@ def dtype_of_run(o):
 
 
 def main(argv=None):
-    o = options(argv, __doc__)
+    o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
     chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
                                     weights=not o.dry_run)
@@ -856,6 +860,7 @@ def main(argv=None):
     net.checkpoint, net.stop = o.checkpoint, chat.stop
     machine.set_threads(net)
     fit(o, net.config.hidden_size, len(splits["train"]))
+    check_processes("--batch", o.batch)
     check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
@@ -864,7 +869,8 @@ def main(argv=None):
         **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
         "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
         "chat_fingerprint": chat.fingerprint(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()}})
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "made": made_by("lcdd.py", words)})
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
     print(f"{chat.folder.name}, task {o.task}: {counts}; run directory {run}")
     print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} "
@@ -874,7 +880,6 @@ def main(argv=None):
         with alone(run):
             train(o, net, chat, splits, examples, run, tuned)
     except KeyboardInterrupt:
-        words = sys.argv[1:] if argv is None else argv
         raise Interrupted(resume_command("lcdd.py", words, run)) from None
 
 
@@ -956,4 +961,4 @@ def report(o, net, chat, samples, run, results, conditions):
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, together=True)

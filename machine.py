@@ -6,6 +6,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from parallel import once
+
 WIDE = 512   # hidden size from which matrix products are what a CPU spends its time on
 GAIN = 1.25  # times as fast as fp32 that bf16 has to be
 
@@ -20,6 +22,7 @@ def native_bf16():
     return any(check() for check in checks if check is not None)
 
 
+@once
 def fast_dtype(config, device):
     """
     The dtype in which a model of this `config` computes fastest: bf16 on a GPU, on a CPU where the

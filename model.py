@@ -19,6 +19,7 @@ import weights
 from config import Config
 from files import InputError, check_finite, shown
 from machine import fast_dtype
+from parallel import gathered, share, world
 from rows import Cache, Rows, each
 
 COMPACT = 0.75   # of a batch's rows still going: finished ones leave it
@@ -203,7 +204,7 @@ class Llama(nn.Module):
             scale = torch.as_tensor(scale, dtype=torch.float32)
         triggers = each(trigger, len(prompts))
         answers = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = share(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             some = [prompts[i] for i in batch]
@@ -217,7 +218,9 @@ class Llama(nn.Module):
                     if heard:
                         heard(batch[row], token)
                 if progress:
-                    progress(finished)
+                    progress(finished * world())
+        for i, answer in gathered([(i, answers[i]) for i in order]):
+            answers[i] = answer
         return answers
 
     def decode(self, prompts, max_new_tokens, carrier, triggers, scale, stop):

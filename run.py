@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -22,6 +23,7 @@ from tqdm import tqdm
 import ggufs
 import machine
 import model
+import parallel
 from chat import Chat
 from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
                   task_name)
@@ -52,24 +54,30 @@ RESULTS = {
                        "loss": (None, NUMBER), "within": ((bool, None), None, None)}),
 }
 # settings that may change between training and use: where things lie, and how they are computed
-FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions")
+FREE = ("model", "data", "sft", "out", "resume", "go_on", "dry_run", "device", "versions",
+        "made")
 HUB_ID = r"\w[\w.-]*/[\w.-]+"
 
 
 # ---- the command line
 
-def cli(main):
+def cli(main, together=False):
     """
     Run main(). An InputError becomes one line on stderr and exit status 2, Ctrl-C or SIGTERM one
-    line and status 130.
+    line and status 130. together: torchrun may start it as several processes.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name or an answer beyond the terminal's letters
     try:
         try:
+            join(together)
             main()
             sys.stdout.flush()
+            parallel.end()
+        except (Exception, KeyboardInterrupt) as e:
+            parallel.speak_once(e)
+            raise
         finally:
             for meter in list(METERS):
                 meter.close()
@@ -94,6 +102,47 @@ def cli(main):
         sys.exit(2)
 
 
+def join(together):
+    """Take up work as one of torchrun's processes. Raises InputError where that cannot be."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if not together:
+        raise InputError("torchrun starts lcdd.py, eraser.py and evaluate.py; start this with python")
+    try:
+        parallel.start()
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise InputError(f"WORLD_SIZE is set, and the processes do not meet ({e}); start them with "
+                         "torchrun, or unset it") from None
+
+
+def launcher():
+    """How this command was started, in words of a command line."""
+    n = parallel.world()
+    return ["python"] if n == 1 else ["torchrun", "--nproc-per-node", str(n)]
+
+
+def made_by(script, words):
+    """
+    What a run was made with, beside its settings: command line, threads, processes, and the git
+    revision of the code where it has one, `-dirty` where files differ from it.
+    """
+    revision, here = None, Path(__file__).parent
+    if (here / ".git").exists():
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError):
+            told = subprocess.run(asked, capture_output=True, text=True, errors="replace")
+            revision = told.stdout.strip() or None
+    return {"command": shlex.join([*launcher(), script, *map(str, words)]), "revision": revision,
+            "threads": torch.get_num_threads(), "processes": parallel.world()}
+
+
+def check_processes(option, count):
+    """Raises InputError where more processes work together than an option has samples for them."""
+    if parallel.world() > count:
+        raise InputError(f"{option}: {count} samples for {parallel.world()} processes; let torchrun start "
+                         f"{count} at most")
+
+
 def short_of_memory(error):
     """Did Python, torch on the CPU or torch on a GPU find no memory?"""
     said = ("can't allocate memory", "out of memory", "Cannot allocate memory")
@@ -115,7 +164,7 @@ def resume_command(script, argv, run):
         if not skip and not ours:
             kept.append(str(word))
         skip = word == "--out"
-    return shlex.join(["python", script, *kept, "--out", str(run), "--resume"])
+    return shlex.join([*launcher(), script, *kept, "--out", str(run), "--resume"])
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,6 +265,9 @@ def check_device(name):
         return
     index = name.removeprefix("cuda").removeprefix(":")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if parallel.world() > 1 and (index or int(os.environ["LOCAL_WORLD_SIZE"]) > present):
+        raise InputError(f"--device {name}: each of torchrun's processes wants a GPU of its own, and torch "
+                         f"sees {present}; let it start as many, with --device cuda, or use --device cpu")
     if int(index or 0) >= present:
         which = "such GPU" if index else "GPU here"
         raise InputError(f"--device {name}: torch sees no {which}; use --device cpu")
@@ -226,8 +278,8 @@ def check_device(name):
 @contextlib.contextmanager
 def patient():
     """
-    Within it, Ctrl-C and SIGTERM only make the function that it yields return True, so that work
-    can stop between two steps; KeyboardInterrupt follows at the end.
+    Within it, Ctrl-C and SIGTERM only make the function that it yields return True, in all processes
+    where one has it, so that work can stop between two steps; KeyboardInterrupt follows at the end.
     """
     arrived, before = [], {}
 
@@ -235,7 +287,7 @@ def patient():
         arrived.append(number)
 
     def interrupted():
-        return bool(arrived)
+        return parallel.summed(len(arrived)) > 0
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -244,7 +296,7 @@ def patient():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if arrived:
+    if interrupted():
         raise KeyboardInterrupt
 
 
@@ -461,7 +513,7 @@ def reopen(run):
 
 def portable(settings):
     """The settings of a run as they may travel: without paths of this machine."""
-    found = {k: v for k, v in settings.items() if k not in ("out", "resume", "device")}
+    found = {k: v for k, v in settings.items() if k not in ("out", "resume", "device", "made")}
     for key, value in found.items():
         if isinstance(value, str) and Path(value).is_absolute():
             found[key] = Path(value).name
@@ -497,16 +549,23 @@ def alone(run):
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link; put the file itself into the run directory")
     with open(run / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process works in {run}; wait for its end, or choose another "
-                             "run directory") from None
-        for path in run.rglob(f"*{PARTIAL}"):
-            path.unlink()
+        hold(lock, run)
         yield
 
 
+@parallel.once
+def hold(lock, run):
+    """Take the lock of a run directory, and remove what an interrupted write left there."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process works in {run}; wait for its end, or choose another "
+                         "run directory") from None
+    for path in run.rglob(f"*{PARTIAL}"):
+        path.unlink()
+
+
+@parallel.once
 def open_run(out, name, resume, config):
     """
     The run directory `out` (default: the first free runs/NAME, runs/NAME-2, …), with config.json in
@@ -532,7 +591,7 @@ def open_run(out, name, resume, config):
     new = json.loads(json.dumps(config))  # tuples are lists in the file
     for key in new:
         unknown = key == "chat_fingerprint" and key not in old  # a run of an older version
-        if key != "versions" and not unknown and old.get(key) != new[key]:
+        if key not in ("versions", "made") and not unknown and old.get(key) != new[key]:
             raise InputError(f"{file}: {key} was {old.get(key)!r} and is now {config[key]!r}; "
                              "resume with the same options, or choose another --out")
     check_carriers(run, config)

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
+    {"parallel"},
     {"files", "template"},
     {"spm", "patterns", "packed", "config", "machine", "memory"},
     {"ggufs", "rows"},
