@@ -473,7 +473,8 @@ def work(folder, settings, o, names):
 
 def command(folder, settings, o):
     """The lcdd.py command line that repeats a run with another seed."""
-    skipped = ("data_fingerprint", "base_fingerprint", "chat_fingerprint", "versions", "device")
+    skipped = ("data_fingerprint", "base_fingerprint", "chat_fingerprint", "versions", "made",
+               "device")
     argv = ["--out", folder, "--resume", "--go-on", "--device", o.device]
     if settings.get("brake") is False:
         argv.append("--no-brake")

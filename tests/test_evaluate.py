@@ -322,8 +322,6 @@ def test_an_error_in_one_job_ends_the_others(tmp_path, run, monkeypatch):
     A run directory that cannot be gone on with is said at once, not when the other runs are
     through.
     """
-    fork = multiprocessing.get_context("fork")                    # nothing is imported again
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     monkeypatch.setattr("sys.argv", ["ablate.py", *long_run(tmp_path / "r", run)])
     (tmp_path / "r-seed1").mkdir()
     (tmp_path / "r-seed1" / "config.json").write_text("{")
