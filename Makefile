@@ -28,8 +28,11 @@ setup: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# two halves at a time, for two cores
+HALF := $(foreach name,attack bench device export files memory parallel run same template tiny,tests/test_$(name).py)
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(HALF) & \
+	$(PY) -m pytest -q $(addprefix --ignore=,$(HALF)); other=$$?; wait $$! && exit $$other
 
 table: setup
 	$(PY) -m lab.ablate --seeds 3
