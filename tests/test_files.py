@@ -1,5 +1,6 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
 import json
+import contextlib
 import os
 import resource
 import signal
@@ -71,15 +72,20 @@ def test_saved_tensors_have_the_mode_of_any_new_file(tmp_path, umask, mode):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file of this process may pass 1000 bytes: a limit on a file's size stands for the disk."""
+    """
+    No file of this process may pass 1000 bytes: a limit on a file's size stands for the disk. Its
+    own output may be a file too, so nothing is printed meanwhile.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("write, what", [
@@ -87,11 +93,11 @@ def full_disk():
     (write_json, "x" * 2000),
     (append_jsonl, "x" * 2000),
 ])
-def test_a_full_disk_is_one_sentence(tmp_path, full_disk, write, what):
+def test_a_full_disk_is_one_sentence(tmp_path, write, what):
     """Whatever library writes: the file is named and the old one stands."""
     path = tmp_path / "a"
     path.write_text("old")
-    with pytest.raises(InputError, match="cannot be written .*File too large") as refusal:
+    with full_disk(), pytest.raises(InputError, match="cannot be written .*File too large") as refusal:
         write(path, what)
     assert str(refusal.value).startswith(f"{path}: cannot be written (")
     assert path.read_text()[:3] == "old"
