@@ -1,6 +1,6 @@
 """files.py: JSON and JSON lines, whole or not at all. Of safetensors: test_carrier.py."""
-import json
 import contextlib
+import json
 import os
 import resource
 import signal
