@@ -232,9 +232,8 @@ class Selection:
         self.mean.mul_(0.9).add_(grad, alpha=0.1)                   # (L, gates a layer)
         square = self.mean.square()
         unit = square.mean().sqrt().clamp(min=1e-30)                # free of the bias correction
-        if self.o.spread:
-            layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)    # (L, 1)
-            unit = unit * (layer / unit) ** self.o.spread
+        layer = square.mean(1, keepdim=True).sqrt().clamp(min=1e-30)        # (L, 1)
+        unit = unit ** (1 - self.o.spread) * layer ** self.o.spread
         grad.copy_(self.mean * (warm * self.size / unit))
 
 
@@ -462,7 +461,8 @@ def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False)
     optimizer, state = adamw(carrier, o.sft_lr), run / "state.safetensors"
     saved = load_state(state, ["sft"], carrier, optimizer)
     train_delta(net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed,
-                optimizer, o.sure, warmup_steps(o, o.sft_steps), saved, interrupted)
+                optimizer, sure=o.sure, warmup=warmup_steps(o, o.sft_steps), saved=saved,
+                interrupted=interrupted)
 
 
 def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
@@ -636,7 +636,7 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
         sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
         train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
-                    o.seed + 2 + tries, optimizer, sure, 0, saved, interrupted,
+                    o.seed + 2 + tries, optimizer, sure=sure, saved=saved, interrupted=interrupted,
                     found=found, tries=tries)
         saved, tries = None, tries + 1
         found["loss"] = mean_loss(net, carrier, probe(examples, o), pad_id, o.micro_batch)

@@ -19,7 +19,7 @@ from carrier import Carrier
 from chat import collate
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
-from settings import PRESETS
+from settings import PRESETS, pull
 
 CONFIG = model.Config(
     vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -251,6 +251,30 @@ def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
     s = 1 / (1 + math.exp(-1.5))
     size = 0.5 * 2.0 * 0.05 * s * (1 - s)
     assert torch.allclose(got, mean / mean.square().mean().sqrt() * size, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spread, sizes", [(0.0, (1, 100)), (0.5, (1, 10)), (1.0, (1, 1))])
+def test_spread_evens_out_the_layers_say(spread, sizes):
+    """Of two layers, one with 100 times the gradient of the other: ratio of what they are given."""
+    o = settings(select=1.0, spread=spread)
+    grad = torch.randn(1, 30, dtype=torch.float64).repeat(2, 1) * torch.tensor([[1e-9], [1e-7]])
+    lcdd.Selection(o, grad).rescale(grad, 0, warm=1.0)
+    small, large = grad.square().mean(1).sqrt()
+    assert float(large / small) == pytest.approx(sizes[1] / sizes[0])
+    # a scale a layer: each has the penalty's pull
+    if spread == 1.0:
+        assert float(large) == pytest.approx(pull(o))
+
+
+@pytest.mark.parametrize("sure, budget, want", [
+    (1e-3, 0.03, 3e-3), (1e-3, 0.005, 1e-3), (0.0, 0.03, 0.0), (1e-3, None, 1e-3)])
+def test_settling_ends_at_a_tenth_of_the_budget(sure, budget, want, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lcdd, "train_delta", lambda *a, **named: seen.append(named["sure"]))
+    monkeypatch.setattr(lcdd, "mean_loss", lambda *a: 0.0)
+    found = {"budget": budget}
+    lcdd.settle(None, None, [], settings(sure=sure), None, 0, None, found, None, None)
+    assert seen == [pytest.approx(want)]
 
 
 def shut_by(logits, grad, share, rate=1.0):
