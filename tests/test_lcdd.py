@@ -295,6 +295,22 @@ def test_no_more_gates_shut_in_a_step_than_the_pace_allows():
     assert shut_by(logits, [4.0, 0.2, 1.0, 1.0, 1.0, 1.0], 0.2, rate=0.5) == [0]
 
 
+def test_pruning_keeps_the_pace(tmp_path):
+    """In a run: without a pace many gates shut at once, with one no more than its share."""
+    worst = {}
+    for pace in (0.0, 0.1):
+        run = tmp_path / str(pace)
+        run.mkdir()
+        net, c = fresh()
+        c.init_gates(1.5, 0.02)
+        o = settings(pace=pace, gate_lr=20.0, settle=0, log_every=1, floor=100.0)
+        lcdd.train_lcdd(net, c, examples(), o, run, 0)
+        counts = [r["open"] for r in read_jsonl(run / "metrics.jsonl") if r["phase"] == "lcdd"]
+        worst[pace] = max(1 - b / a for a, b in zip(counts, counts[1:]) if a)
+    assert worst[0.0] > 0.2
+    assert worst[0.1] <= 0.1
+
+
 def test_gates_that_need_not_wait_move_as_without_a_pace():
     logits = torch.tensor([0.1, 0.2, 3.0, -0.5], requires_grad=True)
     logits.grad = torch.tensor([1.0, 1.0, 1.0, -2.0])

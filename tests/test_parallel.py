@@ -84,7 +84,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     ends = processes(code, tmp_path / "two")
     assert [status for status, *_ in ends] == [0, 0], ends
     one = trajectory(tmp_path / "one")
-    first, second = (torch.load(tmp_path / "two" / f"{i}.pt") for i in range(2))
+    first, second = (torch.load(tmp_path / "two" / f"{i}.pt", weights_only=True) for i in range(2))
     assert one["sft"].dtype == torch.float64 and one.keys() == first.keys()
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
