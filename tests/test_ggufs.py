@@ -29,6 +29,7 @@ import weights
 from chat import Chat
 from files import InputError
 from helpers import jsonl
+from lab import smollm2
 from run import locate
 from test_spm import by_the_rule, pieces
 
@@ -455,6 +456,23 @@ def test_what_ends_an_answer(tmp_path):
     assert model.load(tmp_path / "net.gguf").stop == {2, 7}
     write(tmp_path / "same.gguf", kind="Q8_0")
     assert Chat(tmp_path / "net.gguf").fingerprint() == Chat(tmp_path / "same.gguf").fingerprint()
+
+
+def test_as_the_folder_of_a_checkpoint(tmp_path):
+    """lab/smollm2.py's: in bf16, with the answer's end that the file names."""
+    write(tmp_path / "net.gguf", kind="Q8_0")
+    folder = tmp_path / "chat"
+    folder.mkdir()
+    smollm2.convert(tmp_path / "net.gguf", folder)
+    assert Chat(folder).stop == {2}
+    ours = model.load(folder, dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.dtype == torch.bfloat16
+    with torch.no_grad():
+        right = model.load(tmp_path / "net.gguf", dtype=torch.bfloat16)(IDS)
+        assert torch.equal(ours(IDS), right)
+    again = transformers.AutoTokenizer.from_pretrained(folder)
+    assert again.eos_token == "<|im_end|>"
 
 
 # ---- everything else works

