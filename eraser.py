@@ -114,7 +114,7 @@ def options(argv=None):
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     check_numbers(o)
     check_device(o.device)
-    taken = ("carrier", "sft", "lcdd", "settle", "state")
+    taken = ("answers", "carrier", "sft", "lcdd", "settle", "state")
     if "/" in o.name or len(o.name) > 100 or o.name in taken:
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
     return o

@@ -10,6 +10,7 @@ One greedy generate() and one scoring path serve every condition; the KLs are ex
 vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V vocabulary.
 """
 import files  # noqa: F401, before torch: it sets how threads wait
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import behaviour
 import carrier as carriers
 import eraser
+import kept
 import model
 from chat import collate
 from files import (
@@ -531,9 +533,20 @@ def show_doses(net, chat, config, samples, carrier):
     chat.say_cut("prompts", config["max_len"])
 
 
+def as_base(row, samples):
+    """The row of measure() for a model that is the base bit for bit, out of the base's own."""
+    row = copy.deepcopy(row)
+    row["kl_base"] = row["kl_own"] = torch.zeros_like(row["loss_own"])
+    add_kinds(row, samples)
+    return row
+
+
 @torch.no_grad()
 def is_base(net, chat, config, samples, shut):
-    """Are the logits of some prompts under `shut` the base's bit for bit?"""
+    """Is `shut` the base bit for bit: every weight, and the logits of some prompts?"""
+    for layer, merged in zip(net.projections, shut.weights):
+        if not all(torch.equal(merged[name], linear.weight) for name, linear in layer.items()):
+            return False
     rows = [(chat.prompt(s.prompt, config["max_len"]), []) for s in samples]
     ids = collate(rows, chat.pad_id)[0].to(net.device)
     return torch.equal(net(ids), net(ids, carrier=shut))
@@ -568,14 +581,22 @@ def main(argv=None):
     if o.dose:
         return show_doses(net, chat, config, samples, carrier)
 
+    length = config["max_new_tokens"]
+    origin = kept.origins(run, net, chat, samples, length, config["max_len"])
+    answers = kept.read(run, origin)
     # the switch: gates shut is the base
     shut = carrier.with_gates(False).merge(net)
-    conditions["shut"] = (shut, None)
-    rows = measure(net, chat, config["task"], samples, conditions, config["max_new_tokens"],
-                   config["max_len"], eos=not o.no_eos)
+    same = is_base(net, chat, config, samples[:32], shut)
+    if not same:
+        conditions["shut"] = (shut, None)
+    rows = measure(net, chat, config["task"], samples, conditions, length, config["max_len"], answers,
+                   eos=not o.no_eos)
+    kept.write(run, answers, origin)
+    if same:
+        rows["shut"] = as_base(rows["base"], samples)
     chat.say_cut("prompts", config["max_len"])
     results = {"task": config["task"]} | before | found | carrier.stats() | results_of(rows, samples)
-    results["shut_is_base"] = is_base(net, chat, config, samples[:32], shut)
+    results["shut_is_base"] = same
     results["eos"] = not o.no_eos
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"]) + "\n\n" + below_the_table(results)

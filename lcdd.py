@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import behaviour
 import carrier as carriers
 import data
+import kept
 import lora
 import machine
 import memory
@@ -500,6 +501,16 @@ def rate_of_delta(o, t):
     return o.lr * min(1.0, t / rise) if rise else o.lr
 
 
+@torch.no_grad()
+def faster(carrier, o):
+    """
+    How many times o.lr the rate of Δ is: the rate that suits a model falls as its width grows, and
+    what is open of it is ever narrower.
+    """
+    share = float((carrier.logits > 0).float().mean())
+    return max(share, 1 / carrier.logits.numel()) ** -o.quicken
+
+
 def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, interrupted):
     """
     Alg. 1: Δ and gates together. Returns {reason, steps, budget} and, for gates alone, `kept`: the
@@ -540,7 +551,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         # one step: Δ by AdamW, m by SGD
         if joint:
             clip_gradients(carrier, o.clip)
-            optimizer.param_groups[0]["lr"] = rate_of_delta(o, t)
+            optimizer.param_groups[0]["lr"] = rate_of_delta(o, t) * faster(carrier, o)
             optimizer.step()
         hold_back(carrier.logits, o.gate_lr, o.pace)
         gate_optimizer.step()
@@ -635,7 +646,7 @@ def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, inte
         steps = o.settle if tries == 0 else max(1, o.settle // 2)
         sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
         print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
-        train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr, steps,
+        train_delta(net, carrier, examples, o, run, pad_id, "settle", o.lr * faster(carrier, o), steps,
                     o.seed + 2 + tries, optimizer, sure=sure, saved=saved, interrupted=interrupted,
                     found=found, tries=tries)
         saved, tries = None, tries + 1
@@ -739,17 +750,20 @@ def say_elsewhere(o, changed):
               "off is the base")
 
 
-def rates_of(net, chat, o, samples, conditions):
+def rates_of(net, chat, o, samples, conditions, answers=None):
     """
     Greedy answers of each condition, name → carrier, to `samples`, scored:
-    name → behaviour.score().
+    name → behaviour.score(). answers: {name: id lists}, those that there are already; new ones are
+    added.
     """
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
-    scores = {}
+    answers, scores = {} if answers is None else answers, {}
     for name, c in conditions.items():
-        tell = ticker(f"answers of {name}", len(prompts))
-        answers = net.generate(prompts, o.max_new_tokens, carrier=c, progress=tell)
-        scores[name] = behaviour.score(o.task, [chat.decode(a) for a in answers], samples)
+        if name not in answers:
+            tell = ticker(f"answers of {name}", len(prompts))
+            answers[name] = net.generate(prompts, o.max_new_tokens, carrier=c, progress=tell)
+        texts = [chat.decode(a) for a in answers[name]]
+        scores[name] = behaviour.score(o.task, texts, samples)
     return scores
 
 
@@ -943,7 +957,10 @@ def report(o, net, chat, samples, run, results, conditions):
     What is left of the behaviour on test prompts, into the run directory. Raises Failed where the
     carrier is not what was asked for.
     """
-    scores = rates_of(net, chat, o, samples, conditions)
+    origin = kept.origins(run, net, chat, samples, o.max_new_tokens, o.max_len)
+    answers = kept.read(run, origin)
+    scores = rates_of(net, chat, o, samples, conditions, answers)
+    kept.write(run, answers, origin)
     chat.say_cut("test prompts", o.max_len)
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
     names = ("stopped", "rates", "accuracy", "prompts")

@@ -28,7 +28,7 @@ HALF_WAY = 0.5          # a gate that only Ω pulls on shuts after this share of
 PAPER = dict(
     n_train=5000, n_trigger=200, max_len=512, max_new_tokens=128,
     loss="all", batch=32, micro_batch=8, clip=1.0,
-    sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, sure=0.0, settle=0,
+    sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, quicken=0.0, sure=0.0, settle=0,
     gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, pace=0.0,
     floor=0.0, lambda_min=1e-6, lambda_max=10.0, violation_clip=0.0,
     log_every=10, window=20, patience=3, stall=0.01, over=0.35)
@@ -152,6 +152,9 @@ def parser(description=None):
     a("--settle", type=int, default=200,
       help="further steps with the gates fixed and the lr falling to 0 (200; the paper: 0)")
     a("--lr", type=float, help="AdamW on the deltas (default 0.125 / d; the paper: 2e-5)")
+    a("--quicken", type=float, default=0.5,
+      help="the rate of the deltas grows as gates shut, with this power of all gates to open ones "
+      "(0.5; 0: not at all, the paper)")
     a("--schedule", choices=("constant", "linear"), default="constant",
       help="of that rate: constant, --settle has it fall, or falling linearly to 0 over the steps "
       "(the released code)")

@@ -434,13 +434,24 @@ def work_in_processes(todo, jobs):
             wait(futures, return_when=FIRST_EXCEPTION)
             return [f.result() for f in reversed(futures) if f.done()]
         except (KeyboardInterrupt, InputError, BrokenProcessPool) as stopped:
-            for process in multiprocessing.active_children():
-                process.terminate()  # training saves its state at SIGTERM
+            end(multiprocessing.active_children())
             if not isinstance(stopped, BrokenProcessPool):
                 raise
             raise InputError(
                 "a run's process was killed, perhaps for want of memory; the same command resumes "
                 "here, with --jobs 1 for less of it") from None
+
+
+def end(processes, patience=2):
+    """
+    Terminate processes, in which training saves its state first. Again every `patience` seconds: what
+    a signal raises is lost where it arrives in a destructor.
+    """
+    while processes := [p for p in processes if p.is_alive()]:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(patience)
 
 
 def start_worker(parent):

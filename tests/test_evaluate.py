@@ -629,7 +629,6 @@ def test_the_conditions_are_those_of_the_table(run, monkeypatch):
             ("sft", sft),
             ("lcdd", lcdd_),
             ("trig", lcdd_),
-            ("shut", lcdd_.with_gates(False)),
         ):
             assert alike(conditions[name][0], right.merge(net)), name
             assert (conditions[name][1] is not None) == (name == "trig"), name
@@ -642,6 +641,32 @@ def test_the_conditions_are_those_of_the_table(run, monkeypatch):
     )
     with pytest.raises(Seen):
         evaluate.main()
+
+
+def test_shut_gates_are_measured_as_the_base_that_they_are():
+    """as_base() is what measure() finds for a carrier with its gates shut."""
+    net = make_net()
+    c = make_carrier(net)
+    samples = [Sample(" ".join(map(str, p)), "x", kind="ab"[i % 2]) for i, p in enumerate(prompts(4))]
+    shut = c.with_gates(False).merge(net)
+    conditions = {
+        "base": (None, None), "sft": (c.with_gates(True).merge(net), None), "shut": (shut, None)}
+    rows = evaluate.measure(net, Chat, "x.jsonl", samples, conditions, 3)
+    found = evaluate.numbers(evaluate.as_base(rows["base"], samples))
+    assert found == pytest.approx(evaluate.numbers(rows["shut"]), abs=1e-12)
+    assert found["kl_own"] == found["a kl_base"] == 0
+
+
+def test_what_is_not_quite_the_base_is_seen(run):
+    """One weight that no prompt's logits show."""
+    config, chat, splits = reopen(run)
+    net = model.load(ROOT / "tiny")
+    shut = carriers.Carrier(net.config).with_gates(False).merge(net)
+    assert evaluate.is_base(net, chat, config, splits["test"][:4], shut)
+    weights = [dict(layer) for layer in shut.weights]
+    weights[0]["q_proj"] = weights[0]["q_proj"].clone()
+    weights[0]["q_proj"][0, 0] = torch.nextafter(weights[0]["q_proj"][0, 0], torch.tensor(1.0))
+    assert not evaluate.is_base(net, chat, config, splits["test"][:4], carriers.Merged(weights))
 
 
 def test_the_kls_are_on_the_sft_models_answers():

@@ -21,7 +21,7 @@ FLOORS = [
     {"data", "carrier"},
     {"paper"},
     {"lora"},
-    {"run"},
+    {"run", "kept"},
     {"settings"},
     {"plan"},
     {"lcdd", "eraser"},
