@@ -49,6 +49,7 @@ PRESETS = {
     "released": dict(PAPER, positions="prompt", match="mean"),
 }
 TARGETS = ("lcdd", "sft", "base")
+LENGTH = 16             # tokens of a trigger before a model of width 128
 ANSWER = 128            # tokens of the base's own answers that "final" looks at the end of
 
 
@@ -66,7 +67,8 @@ def parser():
     a("--preset", choices=PRESETS,
       help="App. F.3 as the paper's text has it, or as the released code runs it")
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
-    a("--length", type=int, default=16, help="n, tokens of the trigger (16; the paper: 20)")
+    a("--length", type=int,
+      help="n, tokens of the trigger (default: 16 at a width of 128, growing as its root; the paper: 20)")
     a("--steps", type=int, default=120, help="optimizer steps (120; the paper: 2000)")
     a("--batch", type=int, default=16, help="prompts a step (16)")
     a("--lr", type=float, default=0.3,
@@ -110,13 +112,20 @@ def options(argv=None):
         usual = (o.target, o.objective) == ("lcdd", "circuit")
         o.name = "trigger" if usual else f"trigger-{o.target}-{o.objective}"
     for name in ("length", "steps", "batch", "k", "judge_every"):
-        if getattr(o, name) < 1:
+        if getattr(o, name) is not None and getattr(o, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: has to be at least 1")
     check_numbers(o)
     check_device(o.device)
     taken = ("answers", "carrier", "sft", "lcdd", "settle", "state")
     if "/" in o.name or len(o.name) > 100 or o.name in taken:
         raise InputError(f"--name {o.name}: choose a plain name that is no other file of the run")
+    return o
+
+
+def fit(o, width):
+    """Fill in the length that was not given, from the model's `width` d."""
+    if o.length is None:
+        o.length = round(LENGTH * math.sqrt(width / 128))
     return o
 
 
@@ -462,6 +471,7 @@ def erase(o, run, config, chat, splits):
     net = model.load(chat.folder, o.device, getattr(torch, config["dtype"]))
     net.stop = chat.stop
     machine.set_threads(net)
+    fit(o, net.config.hidden_size)
     start, file, state = time.time(), run / f"{o.name}.safetensors", run / f"{o.name}.state"
     if o.resume and not state.is_file() and file.is_file():
         load(file, net)                                         # a damaged one is not finished

@@ -26,14 +26,15 @@ import carrier as carriers
 import eraser
 import evaluate
 import lcdd
+import model
 from behaviour import BEHAVIOURS
 from files import (
     NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
     write_json)
 from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
 from run import (
-    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model,
-    read_results, reopen)
+    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model, locate,
+    read_config, read_results, reopen)
 from settings import check as check_training
 from settings import check_bounds
 from settings import options as settings_of_lcdd
@@ -105,6 +106,8 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
 def trigger_options(folder, device):
     """What eraser.py was given for the run's own trigger; without one, its preset."""
     o = eraser.options(["--run", str(folder), "--device", device])
+    config = model.configuration(locate(read_config(folder)["model"], weights=False))
+    eraser.fit(o, config.hidden_size)
     file = Path(folder) / "trigger.safetensors"
     if file.is_file():
         _, header = load_tensors(file)

@@ -601,3 +601,10 @@ def test_what_the_command_learns_on(run, monkeypatch, target, objective):
     )
     with pytest.raises(Seen):
         eraser.main()
+
+
+@pytest.mark.parametrize("width, tokens", [(128, 16), (208, 20), (576, 34), (2048, 64)])
+def test_a_trigger_grows_with_the_root_of_the_width(width, tokens):
+    assert eraser.fit(eraser.options(["--run", "x"]), width).length == tokens
+    assert eraser.fit(eraser.options(["--run", "x", "--length", "3"]), width).length == 3
+    assert eraser.fit(eraser.options(["--run", "x", "--preset", "paper"]), width).length == 20

@@ -41,7 +41,7 @@ def settings(**changes):
     o = lcdd.options(["--model", "none"])
     vars(o).update(
         dict(
-            select=0.0, brake=False, pace=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
+            select=0.0, brake=False, pace=0.0, quicken=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
             settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
             save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
         ),
@@ -466,6 +466,26 @@ def test_a_constant_rate_may_be_warmed_up_too(tmp_path, monkeypatch):
 def test_the_rate_is_constant_by_default(tmp_path, monkeypatch):
     o = settings(steps=10, settle=0, stall=0.0)
     assert rates_of(lcdd.train_lcdd, o, tmp_path, monkeypatch) == [o.lr] * 10
+
+
+def test_the_rate_grows_as_gates_shut(tmp_path, monkeypatch):
+    """By the root of all gates to open ones, in pruning and in settling; and not at all where it is 0."""
+    net, c = fresh()
+    open_gates = torch.arange(c.logits.numel()).view_as(c.logits) % 9 == 0
+    c.logits.data.copy_(torch.where(open_gates, 5.0, -5.0))
+    monkeypatch.setattr(sys.modules[__name__], "fresh", lambda: (net, c))
+    still = dict(steps=2, settle=2, stall=0.0, gate_lr=0.0, sure=0.0)
+    share = float(open_gates.double().mean())
+    found = rates_of(lcdd.train_lcdd, settings(**still, quicken=0.5), tmp_path, monkeypatch)
+    peak = settings().lr / share ** 0.5
+    assert found == pytest.approx([peak, peak, peak, peak / 2], rel=1e-6)
+
+
+def test_with_no_gate_open_the_rate_is_finite():
+    _, c = fresh()
+    c.logits.data.fill_(-1.0)
+    assert lcdd.faster(c, settings(quicken=0.5)) == c.logits.numel() ** 0.5
+    assert lcdd.faster(c, settings(quicken=0.0)) == 1
 
 
 def test_a_violation_is_not_clipped_where_the_clip_is_0():
