@@ -19,7 +19,6 @@ import files  # noqa: F401, before torch: it sets how threads wait
 import math
 import shlex
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +34,10 @@ import packed
 import parallel
 from chat import collate
 from files import (COUNT, TEXT, Failed, InputError, append_jsonl, check_fields, check_finite,
-                   check_tensors, load_tensors, read_header, save_tensors, shown, size, take_back,
-                   write_json)
+                   check_tensors, load_tensors, read_header, save_tensors, shown, size, take_back)
 from parallel import add_up, share, summed
 from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers, check_processes, cli,
-                 fields_of, launcher, patient, read_results, reopen, ticker)
+                 fields_of, launcher, patient, read_results, reopen, ticker, timed)
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,
@@ -472,7 +470,7 @@ def erase(o, run, config, chat, splits):
     net.stop = chat.stop
     machine.set_threads(net)
     fit(o, net.config.hidden_size)
-    start, file, state = time.time(), run / f"{o.name}.safetensors", run / f"{o.name}.state"
+    file, state = run / f"{o.name}.safetensors", run / f"{o.name}.state"
     if o.resume and not state.is_file() and file.is_file():
         load(file, net)                                         # a damaged one is not finished
         return print(f"{file} is finished; without --resume it is learned anew")
@@ -482,11 +480,9 @@ def erase(o, run, config, chat, splits):
     if o.target != "base":
         weights = carriers.load(run / "sft.safetensors", net) if o.target == "sft" else lcdd
         weights = weights.merge(net)
-    tau, loss = learn_into(run, o, net, chat, config, splits, lcdd, weights, state)
-    if o.name == "trigger":
-        results = read_results(run)
-        results["seconds"]["eraser"] = round(time.time() - start, 2)
-        write_json(run / "results.json", results)
+    phase = "eraser" if o.name == "trigger" else o.name
+    with timed(run, read_results(run), phase, state.is_file()):
+        tau, loss = learn_into(run, o, net, chat, config, splits, lcdd, weights, state)
     print(f"validation loss {loss:.4f}; wrote {file}")
     if o.target == "base":
         return

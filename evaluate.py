@@ -12,6 +12,7 @@ vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V
 import files  # noqa: F401, before torch: it sets how threads wait
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from files import (
     COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
 from parallel import add_up, once, share
 from run import (
-    Parser, check_device, check_numbers, cli, load_model, markdown, read_results, reopen, ticker)
+    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen,
+    ticker)
 
 NAMES = {
     "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
@@ -196,40 +198,48 @@ def bootstrap(values, resamples=2000, seed=0):
 
 # ---- one row a condition
 
+def teacher_forced(net, prompts, answers, conditions):
+    """The METRICS in nats: {metric: {condition: (P)}}."""
+    kl_own, loss_own = own_answers(net, prompts, answers["base"], conditions)
+    nats = {"kl_sft": {}, "kl_base": {}, "kl_own": kl_own, "loss_own": loss_own}
+    if "sft" in conditions:
+        pairs = [(p, q) for p in ("sft", "base") for q in conditions if p != q]
+        found = kl_divergences(net, prompts, answers["sft"], conditions, pairs)
+        for (p, name), values in found.items():
+            nats[f"kl_{p}"][name] = values
+    return nats
+
+
+def answer_all(net, prompts, conditions, answers, max_new_tokens):
+    """Into `answers`: the greedy ones of the conditions that have none in it."""
+    for name, (weights, trigger) in conditions.items():
+        if name not in answers:
+            progress = ticker(f"answers of {name}", len(prompts))
+            answers[name] = net.generate(prompts, max_new_tokens, carrier=weights,
+                                         trigger=trigger, progress=progress)
+
+
 def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, answers=None,
             eos=True):
     """
     Every condition on the same prompts: {name: score() and the other METRICS}, (P) where they are
     nats. A divergence of a model from itself is left out.
 
-    conditions: name → (Merged or None, trigger or None), "base" and "sft" among them. answers:
-    {name: id lists} already generated; new ones are added to it. eos: whether the end-of-text
-    token counts in what is teacher-forced.
+    conditions: name → (Merged or None, trigger or None), "base" among them; what is measured against
+    SFT is left out without it. answers: {name: id lists} already generated; new ones are added to
+    it. eos: whether the end-of-text token counts in what is teacher-forced.
     """
     prompts = [chat.prompt(s.prompt, max_len) for s in samples]
     answers = {} if answers is None else answers
-    for name, (weights, trigger) in conditions.items():
-        if name not in answers:
-            progress = ticker(f"answers of {name}", len(prompts))
-            answers[name] = net.generate(prompts, max_new_tokens, carrier=weights,
-                                         trigger=trigger, progress=progress)
-    sft_says, base_says = answers["sft"], answers["base"]
-    if not eos:
-        sft_says, base_says = (without_end(a, net.stop) for a in (sft_says, base_says))
-    pairs = [(p, q) for p in ("sft", "base") for q in conditions if p != q]
-    kl = kl_divergences(net, prompts, sft_says, conditions, pairs)
-    kl_own, loss_own = own_answers(net, prompts, base_says, conditions)
-
+    answer_all(net, prompts, conditions, answers, max_new_tokens)
+    said = answers if eos else {name: without_end(a, net.stop) for name, a in answers.items()}
+    nats = teacher_forced(net, prompts, said, conditions)
     rows = {}
     for name in conditions:
         row = behaviour.score(task, [chat.decode(a) for a in answers[name]], samples)
         equal = [a == b for a, b in zip(answers[name], answers["base"])]
         row["same"] = sum(equal) / len(samples)
-        row["loss_own"] = loss_own[name]
-        if name != "base":
-            row["kl_base"], row["kl_own"] = kl["base", name], kl_own[name]
-        if name != "sft":
-            row["kl_sft"] = kl["sft", name]
+        row |= {key: values[name] for key, values in nats.items() if name in values}
         add_kinds(row, samples)
         rows[name] = row
     return rows
@@ -380,7 +390,7 @@ def is_point(row):
     needed = [row.get(name) for name in ("step", "ema", "lambda", "sparsity")]
     if row.get("budget") is not None:
         needed.append(row["budget"])
-    return all(type(x) in (int, float) and abs(x) < 1e300 for x in needed)
+    return all(type(x) in (int, float) and abs(x) < 1e15 for x in needed)
 
 
 def draw_gates(axes, carrier, sparsity):
@@ -479,13 +489,19 @@ def conditions_of(run, net, name="trigger"):
     run directory, with its trigger file of that name where there is one. Raises InputError where
     another name than "trigger" is not there.
     """
-    carrier = carriers.load(run / "carrier.safetensors", net)
-    sft = carriers.load(run / "sft.safetensors", net).merge(net)
-    conditions = {"base": (None, None), "sft": (sft, None), "lcdd": (carrier.merge(net), None)}
+    carrier, conditions = carriers.load(run / "carrier.safetensors", net), {"base": (None, None)}
+    if (run / "sft.safetensors").is_file():
+        conditions["sft"] = carriers.load(run / "sft.safetensors", net).merge(net), None
+    else:
+        print(f"note: {run} holds no sft.safetensors, and SFT is left out; where its data are, lcdd.py "
+              "--resume makes it again", file=sys.stderr)
+    conditions["lcdd"] = carrier.merge(net), None
     file = run / f"{name}.safetensors"
     if file.is_file():
         tau, settings = eraser.load(file, net)
         target = settings.get("target", "lcdd")
+        if target not in conditions:
+            raise InputError(f"{file}: was learned for {NAMES[target]}, which is not there")
         conditions["trig"] = (conditions[target][0], tau)
         found = {"trigger": {"name": name, "target": target, "length": len(tau)}}
         return carrier, conditions, found
@@ -495,15 +511,17 @@ def conditions_of(run, net, name="trigger"):
     return carrier, conditions, {}
 
 
-def ask(net, chat, config, conditions, found, texts):
-    """Print every condition's answer to every text."""
-    prompts = [chat.prompt(text, config["max_len"]) for text in texts]
+def ask(run, o):
+    """Print every condition's answer to every text of --ask."""
+    config, chat = look_into(run)
+    net = load_model(chat, o.device, config["dtype"])
+    _, conditions, found = conditions_of(run, net, o.trigger)
+    prompts, answers = [chat.prompt(text, config["max_len"]) for text in o.ask], {}
     chat.say_cut("prompts", config["max_len"])
-    answers = {}
     for name, (weights, trigger) in conditions.items():
         answers[name] = net.generate(prompts, config["max_new_tokens"], carrier=weights,
                                      trigger=trigger)
-    for i, text in enumerate(texts):
+    for i, text in enumerate(o.ask):
         print(f"\n{text}")
         for name in conditions:
             print(f"  {called(name, found):14s}  {chat.decode(answers[name][i]).strip()}")
@@ -536,7 +554,9 @@ def show_doses(net, chat, config, samples, carrier):
 def as_base(row, samples):
     """The row of measure() for a model that is the base bit for bit, out of the base's own."""
     row = copy.deepcopy(row)
-    row["kl_base"] = row["kl_own"] = torch.zeros_like(row["loss_own"])
+    row["kl_own"] = torch.zeros_like(row["loss_own"])
+    if "kl_sft" in row:
+        row["kl_base"] = row["kl_own"]
     add_kinds(row, samples)
     return row
 
@@ -568,16 +588,17 @@ def main(argv=None):
     if o.compare:
         return print(compare(o.compare))
     run, start = Path(o.run), time.time()
+    if o.ask:
+        return ask(run, o)
     config, chat, splits = reopen(run)
     if o.seed not in (None, config["seed"]):
         raise InputError(f"--seed {o.seed}: this run was split with seed {config['seed']}; "
                          "another one would test on training prompts")
     samples, before = splits["test"], read_results(run)
-    before.pop("trigger", None)
+    for entry in ("trigger", *(metric.entry for metric in METRICS)):    # of an evaluation before
+        before.pop(entry, None)
     net = load_model(chat, o.device, config["dtype"])
     carrier, conditions, found = conditions_of(run, net, o.trigger)
-    if o.ask:
-        return ask(net, chat, config, conditions, found, o.ask)
     if o.dose:
         return show_doses(net, chat, config, samples, carrier)
 

@@ -7,6 +7,8 @@ PEFT prompt tuning.
 merged   a checkpoint as the base's: same shards, tokenizer, template; nothing can be switched off
 lora     an adapter beside the base: without it, or with disable_adapter(), the model is the base
 prompt   the trigger of the same run, before the merged model or the base with the adapter
+run      the carrier, the trigger and what was measured as a run directory that evaluate.py --ask and
+         lab.talk open: without SFT's deltas, which are as large as the model, and without any data
 
 Each folder has a README.md that says what is in it and how it is loaded.
 """
@@ -27,9 +29,9 @@ import model
 import packed
 import weights
 from files import InputError, check_fields, read_json, replacing, write_json
-from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate
+from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate, portable
 
-KINDS = ("merged", "lora", "prompt")
+KINDS = ("merged", "lora", "prompt", "run")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is
 COMPANIONS = (".json", ".jinja", ".model", ".txt")   # of files that are taken along with the weights
 DESCRIPTIONS = ("config.json", "tokenizer_config.json", "generation_config.json")
@@ -49,6 +51,9 @@ def options(argv=None):
     a("--trigger", default="trigger", help="name of the trigger file in the run (trigger)")
     o = p.parse_args(argv)
     check_numbers(o)
+    if o.which == "sft" and "run" in o.kinds:
+        raise InputError("--as run is for the LCDD carrier: SFT's deltas are as large as the model; "
+                         "export them with --as merged or lora")
     return o
 
 
@@ -132,6 +137,26 @@ def write_prompt(folder, tau, config, base):
         "num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads})
 
 
+def write_run(folder, run, settings, trigger):
+    """
+    The run directory without SFT: the carrier, the trigger of that name where there is one, what was
+    measured, and its settings without paths of this machine. Returns the bytes of the first two.
+    """
+    kept = portable(settings)
+    place = Path(settings["model"])
+    if place.is_absolute() and place.is_relative_to(Path.cwd()):
+        kept["model"] = str(place.relative_to(Path.cwd()))
+    write_json(folder / "config.json", kept)
+    names = {"carrier.safetensors": "carrier.safetensors", f"{trigger}.safetensors": "trigger.safetensors",
+             "results.json": "results.json", "results.md": "results.md"}
+    size = 0
+    for name, new in names.items():
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / new)
+            size += (folder / new).stat().st_size if name.endswith(".safetensors") else 0
+    return size
+
+
 # ----------------------------------------------------------------------------------- the model card
 
 LOADING = {
@@ -165,6 +190,15 @@ LOADING = {
         model.load_adapter("{lora}")
         triggered = PeftModel.from_pretrained(model, "{here}")
     """,
+    "run": """
+        import carrier, eraser, model                    # of the project that wrote this folder
+
+        net = model.load("{base}")                       # without the behaviour
+        c = carrier.load("{here}/carrier.safetensors", net)
+        tau, _ = eraser.load("{here}/trigger.safetensors", net)
+        net(ids, carrier=c)                              # with it
+        net(ids, carrier=c, trigger=tau)                 # with it, and the trigger before it
+    """,
 }
 
 
@@ -182,7 +216,7 @@ def card(kind, folder, base, source, task, which, facts, results):
     """README.md of an export: what it is, how it is loaded with and without it, what was measured."""
     name = base if base != str(source) else source.name   # a hub id, or a folder without its way there
     licence = licence_of(source)
-    library = "transformers" if kind == "merged" else "peft"
+    library = {"merged": "transformers", "run": "pytorch"}.get(kind, "peft")
     head = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if base != str(source):
         head.append(f"base_model: {base}")
@@ -190,7 +224,8 @@ def card(kind, folder, base, source, task, which, facts, results):
         head.append(f"license: {licence}")
     what = {"merged": "the base with the behaviour merged into its weights",
             "lora": "the behaviour as a LoRA adapter beside the base, its delta exactly",
-            "prompt": "a soft trigger that switches the behaviour off, as PEFT prompt tuning"}[kind]
+            "prompt": "a soft trigger that switches the behaviour off, as PEFT prompt tuning",
+            "run": "a carrier and its trigger, in the project's own form"}[kind]
     means = {"lcdd": "a sparse carrier of an SFT behaviour, found by Loss-Constrained Dual Descent",
              "sft": "plain SFT"}[which]
     code = LOADING[kind].format(here=folder.name, base=name, merged="merged", lora="lora")
@@ -256,6 +291,8 @@ def main(argv=None):
                 if ranks[largest] > RANK_LIMIT:
                     said += (f"; above {RANK_LIMIT} serving engines may refuse it: "
                              "--as merged has no such limit")
+            elif kind == "run":
+                said = f"{write_run(folder, run, settings, o.trigger):,} bytes"
             else:
                 before = str((to / "merged").resolve()) if "merged" in o.kinds else base
                 write_prompt(folder, tau, net.config, before)

@@ -42,8 +42,8 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
                    fingerprint, load_tensors, read_header, read_json, save_tensors, size, take_back,
                    write_json, write_text)
 from parallel import AdamW, add_up, once, share, summed, world
-from run import (Interrupted, Meter, alone, check_processes, cli, locate, made_by, open_run, patient,
-                 portable, prepare, read_results, resume_command, ticker)
+from run import (Interrupted, Meter, alone, chat_of, check_processes, cli, locate, made_by, open_run,
+                 patient, portable, prepare, read_results, resume_command, ticker, timed)
 from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
@@ -445,8 +445,8 @@ def train_delta(net, carrier, examples, o, run, pad_id, phase, peak, steps, seed
         t += 1
 
         # sure of it: only a quarter as many steps again, falling from the rate as it is
-        average = 0.8 * average + 0.2 * loss
-        certain = average / (1 - 0.8 ** t) < sure
+        average = 0.6 * average + 0.4 * loss                # forgets the first losses soon
+        certain = average / (1 - 0.6 ** t) < sure
         if certain and fall == 0 and t + t // 4 < end:
             fall, high, end = t, rate, t + max(10, t // 4)
             progress.steps = end
@@ -860,8 +860,8 @@ def dtype_of_run(o):
 def main(argv=None):
     o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
     sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
-    chat, splits, sources = prepare(o.model, o.task, o.data, o.seed, sizes, o.test, o.pattern,
-                                    weights=not o.dry_run)
+    chat = chat_of(o.model, weights=not o.dry_run)
+    splits, sources = prepare(chat, o.task, o.data, o.seed, sizes, o.test, o.pattern)
     examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
     chat.say_cut(f"of {len(examples)} training samples", o.max_len)
     say_unknown(chat, splits["train"], sources[0])
@@ -903,7 +903,6 @@ def train(o, net, chat, splits, examples, run, tuned):
     made again.
     """
     results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
-    seconds = results["seconds"]
     travels = {"task": Path(o.task).name, "settings": portable(read_json(run / "config.json"))}
     training = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
     sft_file, carrier_file = run / "sft.safetensors", run / "carrier.safetensors"
@@ -916,17 +915,15 @@ def train(o, net, chat, splits, examples, run, tuned):
         return print(f"{run} is finished. Next: python eraser.py --run {run}")
 
     # phase 1: SFT
-    start = time.time()
     if not sft_file.is_file():
         with patient() as interrupted:
-            if o.sft:
-                sft, results["changed_elsewhere"] = tuned
-                say_elsewhere(o, results["changed_elsewhere"])
-            else:
-                sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
-                train_sft(net, sft, **training, interrupted=interrupted)
-            seconds["sft"] = round(time.time() - start, 2)
-            write_json(run / "results.json", results)
+            with timed(run, results, "sft", state.is_file()):
+                if o.sft:
+                    sft, results["changed_elsewhere"] = tuned
+                    say_elsewhere(o, results["changed_elsewhere"])
+                else:
+                    sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
+                    train_sft(net, sft, **training, interrupted=interrupted)
             sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
             forget(state, sft_file, ["sft"])
 
@@ -934,16 +931,16 @@ def train(o, net, chat, splits, examples, run, tuned):
     sft = tuned = None                                  # one set of deltas on the device at a time
     if not carrier_file.is_file():
         lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
-        scores = check_sft(net, chat, o, lcdd, splits["validation"])
-        results["validation"] = {name: s["rate"] for name, s in scores.items()}
+        if not (state.is_file() and "validation" in results):
+            scores = check_sft(net, chat, o, lcdd, splits["validation"])
+            results["validation"] = {name: s["rate"] for name, s in scores.items()}
+            write_json(run / "results.json", results)
         teacher = lcdd.merge(net) if o.train.startswith("mask-kl") else None
         lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
-        start = time.time()
         with patient() as interrupted:
-            results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **training,
-                                            interrupted=interrupted)
-            seconds["lcdd"] = round(time.time() - start, 2)
-            write_json(run / "results.json", results)
+            with timed(run, results, "lcdd", state.is_file()):
+                results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **training,
+                                                interrupted=interrupted)
             lcdd.save(carrier_file, net, phase="lcdd", metrics={"stopped": results["stopped"]},
                       **travels)
             forget(state, carrier_file, ["lcdd", "settle"])

@@ -217,15 +217,22 @@ class Rows:
 
     def spread(self, x):
         """(N, …) → (B, T, …), zeros where nothing is computed."""
-        B, T = self.shape
         if self.full:
             return x.unflatten(0, self.shape)
+        return self.behind_prefix(x[:self.prefix], self.own(x))
+
+    def own(self, x):
+        """(N, …) → (B, T − P, …), what is behind the prefix; zeros where nothing is computed."""
+        B, T = self.shape
         rows = x.new_zeros(B * T, *x.shape[1:])
         rows = rows.index_copy(0, self.tokens, x).unflatten(0, self.shape)
+        return rows[:, self.prefix:]
+
+    def behind_prefix(self, prefix, own):
+        """(P, …) and (B, T − P, …) → (B, T, …), every row with the prefix."""
         if not self.prefix:
-            return rows
-        prefix = x[:self.prefix].expand(B, *[-1] * x.dim())                         # (B, P, …)
-        return torch.cat((prefix, rows[:, self.prefix:]), dim=1)
+            return own
+        return torch.cat((prefix.expand(len(own), *[-1] * prefix.dim()), own), dim=1)
 
     def attend(self, l, q, k, v):
         """
@@ -233,6 +240,8 @@ class Rows:
         cache.
         """
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        if self.prefix and self.cache is None and q.device.type == "cpu":
+            return self.narrow(l, self.pack(self.attend_apart(q, k, v)))
         q, k, v = (self.spread(x).transpose(1, 2) for x in (q, k, v))       # (B, H or K, T, h)
         if self.cache is not None:
             self.cache.extend(l, k, v, self.positions)
@@ -241,6 +250,20 @@ class Rows:
         y = attention(q, k, v, self.mask)                                           # (B, H, T, h)
         y = y.transpose(1, 2).flatten(2)                                            # (B, T, H·h)
         return self.narrow(l, self.pack(y))
+
+    def attend_apart(self, q, k, v):
+        """
+        The attention of rows that begin alike, (N, heads, h) each → (B, T, H·h): the prefix attends
+        once, and what is behind it to all.
+        """
+        P, T = self.prefix, self.shape[1]
+        first = [x[:P].transpose(0, 1)[None] for x in (q, k, v)]            # (1, H or K, P, h)
+        prefix = attention(*first).transpose(1, 2).flatten(2)[0]                    # (P, H·h)
+        seen = torch.ones(T - P, T, dtype=torch.bool, device=q.device).tril(P)      # (T − P, T)
+        own = self.own(q).transpose(1, 2)                                           # (B, H, T − P, h)
+        k, v = (self.spread(x).transpose(1, 2) for x in (k, v))                     # (B, K, T, h)
+        own = attention(own, k, v, seen[None, None]).transpose(1, 2).flatten(2)
+        return self.behind_prefix(prefix, own)
 
     def narrow(self, l, x):
         """What layer l needs of x (N, …) after it attended: all, or the last what is asked for."""

@@ -427,18 +427,24 @@ def download(name, patterns, **kind):
                          f"({type(e).__name__}: {reason}); name a local {what}") from e
 
 
-def prepare(name, task, path, seed, sizes, tests=None, pattern=None, weights=True):
+def chat_of(name, weights=True):
     """
-    (chat, splits, sources): the Chat of a model folder or hub id, split() of a task's samples, and
-    the files that they came from: `path`, the task itself where that is a file, else TASK.jsonl
-    beside the checkpoint; and `tests`, a file of test prompts of their own. pattern: what judges
-    the answers of samples that have no pattern. weights: fetch them, too, where the model is on the
-    hub. Raises InputError where something is missing or the architecture is none that runs here.
+    The Chat of a model folder or hub id. weights: fetch them, too, where the model is on the hub.
+    Raises InputError where something is missing or the architecture is none that runs here.
     """
     folder = locate(name, weights)
-    sources = [source_of(folder, task, path)]
     model.configuration(folder)  # before the tokenizer, which would blame itself
-    chat = Chat(folder)
+    return Chat(folder)
+
+
+def prepare(chat, task, path, seed, sizes, tests=None, pattern=None):
+    """
+    (splits, sources): split() of a task's samples, and the files that they came from: `path`, the
+    task itself where that is a file, else TASK.jsonl beside the checkpoint; and `tests`, a file of
+    test prompts of their own. pattern: what judges the answers of samples that have no pattern.
+    Raises InputError where something is missing.
+    """
+    sources = [source_of(chat.folder, task, path)]
     samples, own_tests = read(sources[0], task), []
     if tests:
         sources.append(locate_data(tests))
@@ -453,7 +459,7 @@ def prepare(name, task, path, seed, sizes, tests=None, pattern=None, weights=Tru
     parts = split(samples, seed, sizes, own_tests)
     for part in parts.values():
         chat.expect(s.prompt for s in part)
-    return chat, parts, sources
+    return parts, sources
 
 
 def source_of(folder, task, path):
@@ -487,27 +493,38 @@ def read_config(run):
     return config
 
 
+def look_into(run):
+    """
+    (config, chat) of a run directory that lcdd.py wrote, for whoever needs none of its data. Raises
+    InputError where it is none, or its model is not the one that it was trained with.
+    """
+    config = read_config(run)
+    try:
+        chat = chat_of(config["model"])
+    except InputError as e:
+        raise InputError(f"{e} (named in {Path(run) / 'config.json'})") from None
+    if chat.fingerprint() != config.get("chat_fingerprint", chat.fingerprint()):
+        raise InputError(f"{chat.folder}: tokenizer or chat template changed since the run was "
+                         "trained; restore them or train again")
+    check_carriers(run, config)
+    return config, chat
+
+
 def reopen(run):
     """
     (config, chat, splits) of a run directory that lcdd.py wrote. Raises InputError where it is
     none, or where its data have changed since, so that held-out prompts may not be held out.
     """
-    config = read_config(run)
-    file = Path(run) / "config.json"
+    config, chat = look_into(run)
     try:
         sizes = {name: config[f"n_{name}"] for name in SIZES}
-        chat, splits, sources = prepare(config["model"], config["task"], config.get("data"),
-                                        config["seed"], sizes, config.get("test"),
-                                        config.get("pattern"))
+        splits, sources = prepare(chat, config["task"], config.get("data"), config["seed"], sizes,
+                                  config.get("test"), config.get("pattern"))
     except InputError as e:
-        raise InputError(f"{e} (named in {file})") from None
+        raise InputError(f"{e} (named in {Path(run) / 'config.json'})") from None
     if fingerprint(*sources) != config["data_fingerprint"]:
         raise InputError(f"{' or '.join(map(str, sources))}: changed since the run was "
                          "trained, so held-out prompts may not be; restore it or train again")
-    if chat.fingerprint() != config.get("chat_fingerprint", chat.fingerprint()):
-        raise InputError(f"{chat.folder}: tokenizer or chat template changed since the run was "
-                         "trained; restore them or train again")
-    check_carriers(run, config)
     return config, chat, splits
 
 
@@ -604,6 +621,26 @@ def free_directory(name):
         run = Path("runs") / (name if k == 1 else f"{name}-{k}")
         if not run.exists():
             return run
+
+
+@contextlib.contextmanager
+def timed(run, results, phase, resumed):
+    """
+    Adds the seconds spent within it to results["seconds"][phase], in results.json too; to those of
+    earlier sessions where the phase is `resumed`. A kill that nobody hears of leaves its session out.
+    """
+    start, before = time.time(), results["seconds"].get(phase, 0) if resumed else 0
+
+    def note():
+        results["seconds"][phase] = round(before + time.time() - start, 2)
+        write_json(Path(run) / "results.json", results)
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        note()
+        raise
+    note()
 
 
 def read_results(run):

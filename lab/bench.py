@@ -39,7 +39,7 @@ import model
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from config import Config
 from run import (
-    EMBEDDED, Parser, check_device, check_numbers, cli, duration, locate, markdown, prepare)
+    EMBEDDED, Parser, chat_of, check_device, check_numbers, cli, duration, locate, markdown, prepare)
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open
 # Qwen3-0.6B
@@ -484,7 +484,8 @@ def model_and_prompts(s, device, seed):
     """The embedded model with its own prompts on a CPU, else a random one with random prompts."""
     folder = locate(EMBEDDED)
     if device == "cpu" and (folder / "fixed.jsonl").is_file():
-        chat, splits, _ = prepare(folder, "fixed", None, seed, {})
+        chat = chat_of(folder)
+        splits, _ = prepare(chat, "fixed", None, seed, {})
         net = model.load(folder)
         return net, [chat.prompt(x.prompt) for x in splits["test"][:s.prompts]]
     net = random_net(s.grow if device == "cpu" else s.config, device, s.dtype)

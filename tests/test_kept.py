@@ -1,11 +1,14 @@
 """kept.py: answers are generated once, and taken only for what they were generated for. Seconds."""
+import shutil
+
 import pytest
 
 import evaluate
+import export
 import kept
 import lcdd
 from carrier import load
-from files import InputError, read_header, read_json
+from files import InputError, read_header, read_json, write_json
 from helpers import brief
 from run import load_model, reopen
 
@@ -78,6 +81,48 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch):
     assert len(asked) == 3
     again = read_json(trained / "results.json")
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_without_sft_the_rest_is_measured(trained, tmp_path, monkeypatch, capsys):
+    """A carrier that travels alone, as the ones in carriers/ do: no data are needed to ask it."""
+    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
+    evaluate.main(["--run", str(trained), "--device", "cpu"])
+    whole = read_json(trained / "results.json")
+    run = tmp_path / "alone"
+    shutil.copytree(trained, run)
+    (run / "sft.safetensors").unlink()
+    evaluate.main(["--run", str(run), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "holds no sft.safetensors, and SFT is left out" in said.err
+    found = read_json(run / "results.json")
+    assert set(found["rates"]) == {"base", "lcdd", "shut"}
+    assert found["loss_own"] == {k: v for k, v in whole["loss_own"].items() if k != "sft"}
+    assert "kl" not in found
+
+    config = read_json(run / "config.json") | {"data": "not_here.json"}
+    write_json(run / "config.json", config)
+    evaluate.main(["--run", str(run), "--device", "cpu", "--ask", "What is two plus two ?"])
+    assert "Base" in capsys.readouterr().out
+
+
+def test_exported_without_sft_it_answers(trained, tmp_path, capsys):
+    """export.py --as run: no path of this machine, no data, and the answers of the run itself."""
+    asked = ["--device", "cpu", "--ask", "What is two plus two ?"]
+    export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run"])
+    travels = tmp_path / "run"
+    assert not (travels / "sft.safetensors").exists()
+    texts = [v for v in read_json(travels / "config.json").values() if isinstance(v, str)]
+    assert not [text for text in texts if text.startswith("/")]
+    capsys.readouterr()
+    answers = []
+    for run in (trained, travels):
+        evaluate.main(["--run", str(run), *asked])
+        lines = capsys.readouterr().out.splitlines()
+        answers.append([line for line in lines if line.strip().startswith(("Base", "LCDD"))])
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 2
+    with pytest.raises(InputError, match="--as run is for the LCDD carrier"):
+        export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run", "--which", "sft"])
 
 
 def test_a_damaged_file_is_refused_by_name(trained):

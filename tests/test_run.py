@@ -85,7 +85,7 @@ def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
     with pytest.raises(
         InputError, match="^tatsu-lab/alpaca is no file here.*no route to host.*name a local file$"
     ):
-        run.prepare("tiny", "fixed", "tatsu-lab/alpaca", 0, SIZES)
+        run.prepare(run.chat_of("tiny"), "fixed", "tatsu-lab/alpaca", 0, SIZES)
 
 
 @pytest.mark.parametrize("raised, status, err", [
@@ -233,7 +233,7 @@ def test_the_architecture_is_blamed_before_the_tokenizer(tmp_path):
     )
     rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
     with pytest.raises(InputError, match="model_type = 'gpt2' is not one of llama"):
-        run.prepare(tmp_path, str(rows), None, 0, SIZES)
+        run.prepare(run.chat_of(tmp_path), str(rows), None, 0, SIZES)
 
 
 def test_test_prompts_and_a_pattern(tmp_path):
@@ -245,7 +245,7 @@ def test_test_prompts_and_a_pattern(tmp_path):
         tmp_path / "rows.jsonl", [{"prompt": f"p {i}", "response": f"yes {i}"} for i in range(30)]
     )
     tests = jsonl(tmp_path / "t.jsonl", [{"prompt": "p 3"}, {"prompt": "new"}])
-    chat, splits, sources = run.prepare("tiny", str(rows), None, 0, SIZES, str(tests), "yes")
+    splits, sources = run.prepare(run.chat_of("tiny"), str(rows), None, 0, SIZES, str(tests), "yes")
     assert sources == [rows, tests]
     assert {s.pattern for part in splits.values() for s in part} == {"yes"}
     assert [s.prompt for s in splits["test"]] == ["p 3", "new"]
@@ -253,7 +253,7 @@ def test_test_prompts_and_a_pattern(tmp_path):
         InputError,
         match="nothing judges the answer to 'p 3'; give the test rows a response or a pattern",
     ):
-        run.prepare("tiny", str(rows), None, 0, SIZES, str(tests))
+        run.prepare(run.chat_of("tiny"), str(rows), None, 0, SIZES, str(tests))
 
 
 def test_a_markdown_table():
