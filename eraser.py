@@ -67,8 +67,8 @@ def parser():
     a("--resume", action="store_true", help="go on with an interrupted optimisation")
     a("--length", type=int,
       help="n, tokens of the trigger (default: 16 at a width of 128, growing as its root; the paper: 20)")
-    a("--steps", type=int, default=120, help="optimizer steps (120; the paper: 2000)")
-    a("--batch", type=int, default=16, help="prompts a step (16)")
+    a("--steps", type=int, default=240, help="optimizer steps (240; the paper: 2000)")
+    a("--batch", type=int, default=8, help="prompts a step (8; the paper: 16)")
     a("--lr", type=float, default=0.3,
       help="Adam's rate, in units of the embedding's root mean square (0.3; the paper's 0.003 on "
       "Qwen3-0.6B is 0.14)")
@@ -91,8 +91,8 @@ def parser():
       help="Eq. 7 as it stands, not divided by the base's variance layer by layer")
     a("--clip", type=float, default=1.0,
       help="gradient norm is clipped to this (1.0; 0: never)")
-    a("--judge-every", type=int, default=20,
-      help="steps between judgements on the validation prompts (20)")
+    a("--judge-every", type=int, default=40,
+      help="steps between judgements on the validation prompts (40)")
     a("--seed", type=int, default=0, help="seed of the first τ, the batches, the random channels")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return p

@@ -152,9 +152,9 @@ def parser(description=None):
     a("--settle", type=int, default=200,
       help="further steps with the gates fixed and the lr falling to 0 (200; the paper: 0)")
     a("--lr", type=float, help="AdamW on the deltas (default 0.125 / d; the paper: 2e-5)")
-    a("--quicken", type=float, default=0.5,
+    a("--quicken", type=float, default=0.25,
       help="the rate of the deltas grows as gates shut, with this power of all gates to open ones "
-      "(0.5; 0: not at all, the paper)")
+      "(0.25; 0: not at all, the paper)")
     a("--schedule", choices=("constant", "linear"), default="constant",
       help="of that rate: constant, --settle has it fall, or falling linearly to 0 over the steps "
       "(the released code)")
@@ -171,8 +171,8 @@ def parser(description=None):
       help="how far each layer has a scale of its own for that: 0, one for all; 1, its own (0.5)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
-    a("--pace", type=float, default=0.03,
-      help="at most this share of the open gates shuts in a step (0.03; 0: as many as come, "
+    a("--pace", type=float, default=0.05,
+      help="at most this share of the open gates shuts in a step (0.05; 0: as many as come, "
       "the paper)")
     a("--rho", type=float, default=0.05,
       help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
