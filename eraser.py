@@ -80,7 +80,7 @@ def parser():
       help="--lr, --bound and R as plain numbers, as the paper gives them (0.003, 1.0)")
     a("--alpha", type=float, default=2.0, help="weight of L_kl (2; the paper: 0.7)")
     a("--beta", type=float, default=0.1, help="weight of R (0.1)")
-    a("--k", type=int, default=8, help="positions of L_kl (8)")
+    a("--k", type=int, default=24, help="positions of L_kl (24; the released README: 8)")
     a("--positions", choices=("both", "response", "final", "prompt"), default="both",
       help="of L_kl: the first k of the base's own answer and, in rows of their own, of the answer "
       "that is to be undone; of the base's own alone; its last k (the paper's text), or the last k "
