@@ -109,7 +109,7 @@ def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     run, base, net, carrier, tau = make_run(folder, request.param)
-    export.main(["--run", str(run), "--to", str(folder / "to"), "--as", "merged", "lora", "prompt"])
+    export.main(["--run", str(run), "--to", str(folder / "to"), "--as", *export.KINDS])
     return folder / "to", base, net, carrier, tau
 
 
@@ -493,7 +493,7 @@ def test_cards(tmp_path):
         assert "license: apache-2.0\n" in text.split("---")[1]
         assert f"# base, task fixed: {kind}" in text
         assert "| LCDD | 98.7 |" in text
-        assert "from_pretrained(" in text
+        assert re.search(r"(from_pretrained|load)\(", text)
         assert "without" in text
         assert str(tmp_path) not in text
         assert json.loads((tmp_path / "to" / kind / export.MARKER).read_text())["kind"] == kind
@@ -508,11 +508,14 @@ def test_the_cards_code_runs(exported, monkeypatch):
     monkeypatch.chdir(to)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: name)
     batch = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2)
+    ours = model.load(to / "base")
     found = {}
     for kind in export.KINDS:
         code = (to / kind / "README.md").read_text().split("```python\n")[1].split("```")[0]
-        found[kind] = {"batch": batch}
+        found[kind] = {"batch": batch, "ids": IDS}
         exec(code, found[kind])
+    alike(found["run"]["net"](IDS, carrier=found["run"]["c"]), ours(IDS, carrier=carrier))
+    assert torch.equal(found["run"]["tau"], tau)
     alike(found["merged"]["model"](IDS).logits, net(IDS, carrier=carrier))
     alike(found["merged"]["base"](IDS).logits, net(IDS))
     alike(found["lora"]["model"](IDS).logits, net(IDS, carrier=carrier))

@@ -273,7 +273,7 @@ def test_settling_ends_at_a_tenth_of_the_budget(sure, budget, want, monkeypatch)
     monkeypatch.setattr(lcdd, "train_delta", lambda *a, **named: seen.append(named["sure"]))
     monkeypatch.setattr(lcdd, "mean_loss", lambda *a: 0.0)
     found = {"budget": budget}
-    lcdd.settle(None, None, [], settings(sure=sure), None, 0, None, found, None, None)
+    lcdd.settle(None, fresh()[1], [], settings(sure=sure), None, 0, None, found, None, None)
     assert seen == [pytest.approx(want)]
 
 
