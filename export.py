@@ -148,7 +148,9 @@ def write_run(folder, run, settings, trigger):
         kept["model"] = str(place.relative_to(Path.cwd()))
     write_json(folder / "config.json", kept)
     names = {"carrier.safetensors": "carrier.safetensors", f"{trigger}.safetensors": "trigger.safetensors",
-             "results.json": "results.json", "results.md": "results.md"}
+             "results.md": "results.md"}
+    if (run / "results.json").is_file():
+        write_json(folder / "results.json", read_json(run / "results.json") | {"model": kept["model"]})
     size = 0
     for name, new in names.items():
         if (run / name).is_file():

@@ -111,8 +111,9 @@ def test_exported_without_sft_it_answers(trained, tmp_path, capsys):
     export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run"])
     travels = tmp_path / "run"
     assert not (travels / "sft.safetensors").exists()
-    texts = [v for v in read_json(travels / "config.json").values() if isinstance(v, str)]
-    assert not [text for text in texts if text.startswith("/")]
+    for name in ("config.json", "results.json"):
+        texts = [v for v in read_json(travels / name).values() if isinstance(v, str)]
+        assert not [text for text in texts if text.startswith("/")]
     capsys.readouterr()
     answers = []
     for run in (trained, travels):
