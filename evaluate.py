@@ -22,15 +22,14 @@ import torch
 import behaviour
 import carrier as carriers
 import eraser
-import kept
+import answered
 import model
 from chat import collate
 from files import (
     COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
 from parallel import add_up, once, share
 from run import (
-    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen,
-    ticker)
+    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen)
 
 NAMES = {
     "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
@@ -210,15 +209,6 @@ def teacher_forced(net, prompts, answers, conditions):
     return nats
 
 
-def answer_all(net, prompts, conditions, answers, max_new_tokens):
-    """Into `answers`: the greedy ones of the conditions that have none in it."""
-    for name, (weights, trigger) in conditions.items():
-        if name not in answers:
-            progress = ticker(f"answers of {name}", len(prompts))
-            answers[name] = net.generate(prompts, max_new_tokens, carrier=weights,
-                                         trigger=trigger, progress=progress)
-
-
 def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, answers=None,
             eos=True):
     """
@@ -231,7 +221,7 @@ def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, 
     """
     prompts = [chat.prompt(s.prompt, max_len) for s in samples]
     answers = {} if answers is None else answers
-    answer_all(net, prompts, conditions, answers, max_new_tokens)
+    answered.fill(net, prompts, conditions, answers, max_new_tokens)
     said = answers if eos else {name: without_end(a, net.stop) for name, a in answers.items()}
     nats = teacher_forced(net, prompts, said, conditions)
     rows = {}
@@ -603,8 +593,8 @@ def main(argv=None):
         return show_doses(net, chat, config, samples, carrier)
 
     length = config["max_new_tokens"]
-    origin = kept.origins(run, net, chat, samples, length, config["max_len"])
-    answers = kept.read(run, origin)
+    origin = answered.origins(run, net, chat, samples, length, config["max_len"])
+    answers = answered.read(run, origin)
     # the switch: gates shut is the base
     shut = carrier.with_gates(False).merge(net)
     same = is_base(net, chat, config, samples[:32], shut)
@@ -612,7 +602,7 @@ def main(argv=None):
         conditions["shut"] = (shut, None)
     rows = measure(net, chat, config["task"], samples, conditions, length, config["max_len"], answers,
                    eos=not o.no_eos)
-    kept.write(run, answers, origin)
+    answered.write(run, answers, origin)
     if same:
         rows["shut"] = as_base(rows["base"], samples)
     chat.say_cut("prompts", config["max_len"])

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import behaviour
 import carrier as carriers
 import data
-import kept
+import answered
 import lora
 import machine
 import memory
@@ -43,7 +43,7 @@ from files import (COUNT, NUMBER, TEXT, Failed, InputError, append_jsonl, check_
                    write_json, write_text)
 from parallel import AdamW, add_up, once, share, summed, world
 from run import (Interrupted, Meter, alone, chat_of, check_processes, cli, locate, made_by, open_run,
-                 patient, portable, prepare, read_results, resume_command, ticker, timed)
+                 patient, portable, prepare, read_results, resume_command, timed)
 from settings import DTYPES, fit, options, pull
 
 # the header of a saved state, phase by phase
@@ -758,10 +758,9 @@ def rates_of(net, chat, o, samples, conditions, answers=None):
     """
     prompts = [chat.prompt(s.prompt, o.max_len) for s in samples]
     answers, scores = {} if answers is None else answers, {}
-    for name, c in conditions.items():
-        if name not in answers:
-            tell = ticker(f"answers of {name}", len(prompts))
-            answers[name] = net.generate(prompts, o.max_new_tokens, carrier=c, progress=tell)
+    untriggered = {name: (c, None) for name, c in conditions.items()}
+    answered.fill(net, prompts, untriggered, answers, o.max_new_tokens)
+    for name in conditions:
         texts = [chat.decode(a) for a in answers[name]]
         scores[name] = behaviour.score(o.task, texts, samples)
     return scores
@@ -954,10 +953,10 @@ def report(o, net, chat, samples, run, results, conditions):
     What is left of the behaviour on test prompts, into the run directory. Raises Failed where the
     carrier is not what was asked for.
     """
-    origin = kept.origins(run, net, chat, samples, o.max_new_tokens, o.max_len)
-    answers = kept.read(run, origin)
+    origin = answered.origins(run, net, chat, samples, o.max_new_tokens, o.max_len)
+    answers = answered.read(run, origin)
     scores = rates_of(net, chat, o, samples, conditions, answers)
-    kept.write(run, answers, origin)
+    answered.write(run, answers, origin)
     chat.say_cut("test prompts", o.max_len)
     results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
     names = ("stopped", "rates", "accuracy", "prompts")

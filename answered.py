@@ -11,10 +11,23 @@ import torch
 
 import packed
 from files import TEXT, InputError, check_fields, load_tensors, read_header, save_tensors
+from run import ticker
 
 FILE = "answers.safetensors"
 CARRIERS = {"sft": "sft.safetensors", "lcdd": "carrier.safetensors"}    # condition: its file
 CONDITIONS = ("base", *CARRIERS)
+
+
+def fill(net, prompts, conditions, answers, max_new_tokens):
+    """
+    Into `answers`, {name: id lists}: the greedy ones to `prompts` of those conditions,
+    name → (weights, trigger), that have none in it.
+    """
+    for name, (weights, trigger) in conditions.items():
+        if name not in answers:
+            tell = ticker(f"answers of {name}", len(prompts))
+            answers[name] = net.generate(prompts, max_new_tokens, carrier=weights, trigger=trigger,
+                                         progress=tell)
 
 
 def origins(run, net, chat, samples, max_new_tokens, max_len):

@@ -1,11 +1,11 @@
-"""kept.py: answers are generated once, and taken only for what they were generated for. Seconds."""
+"""answered.py: answers are generated once, and taken only for what they were generated for. Seconds."""
 import shutil
 
 import pytest
 
 import evaluate
 import export
-import kept
+import answered
 import lcdd
 from carrier import load
 from files import InputError, read_header, read_json, write_json
@@ -27,13 +27,13 @@ def opened(run, **changed):
     net = load_model(chat, "cpu", config["dtype"])
     told = dict(samples=splits["test"], max_new_tokens=config["max_new_tokens"],
                 max_len=config["max_len"])
-    return net, kept.origins(run, net, chat, **(told | changed))
+    return net, answered.origins(run, net, chat, **(told | changed))
 
 
 def test_they_are_what_generate_answers(trained):
     config, chat, splits = reopen(trained)
     net, origin = opened(trained)
-    found = kept.read(trained, origin)
+    found = answered.read(trained, origin)
     prompts = [chat.prompt(s.prompt, config["max_len"]) for s in splits["test"]]
     sft = load(trained / "sft.safetensors", net)
     assert set(found) == set(origin) == {"base", "sft", "lcdd"}
@@ -43,12 +43,12 @@ def test_they_are_what_generate_answers(trained):
 
 @pytest.mark.parametrize("changed", [{"max_new_tokens": 5}, {"max_len": 40}])
 def test_other_lengths_have_other_answers(trained, changed):
-    assert kept.read(trained, opened(trained, **changed)[1]) == {}
+    assert answered.read(trained, opened(trained, **changed)[1]) == {}
 
 
 def test_other_prompts_have_other_answers(trained):
     samples = reopen(trained)[2]["validation"]
-    assert kept.read(trained, opened(trained, samples=samples)[1]) == {}
+    assert answered.read(trained, opened(trained, samples=samples)[1]) == {}
 
 
 def test_another_carrier_has_answers_of_its_own(trained):
@@ -58,7 +58,7 @@ def test_another_carrier_has_answers_of_its_own(trained):
     settings = read_header(file)["settings"]
     load(file, net).with_gates(False).save(file, net, settings=settings)
     try:
-        assert set(kept.read(trained, opened(trained)[1])) == {"base", "sft"}
+        assert set(answered.read(trained, opened(trained)[1])) == {"base", "sft"}
     finally:
         file.write_bytes(before)
 
@@ -76,7 +76,7 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch):
     evaluate.main(["--run", str(trained), "--device", "cpu"])
     assert asked == []
     first = read_json(trained / "results.json")
-    (trained / kept.FILE).unlink()
+    (trained / answered.FILE).unlink()
     evaluate.main(["--run", str(trained), "--device", "cpu"])
     assert len(asked) == 3
     again = read_json(trained / "results.json")
@@ -127,11 +127,11 @@ def test_exported_without_sft_it_answers(trained, tmp_path, capsys):
 
 
 def test_a_damaged_file_is_refused_by_name(trained):
-    file = trained / kept.FILE
+    file = trained / answered.FILE
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        with pytest.raises(InputError, match=f"{kept.FILE}: damaged"):
-            kept.read(trained, opened(trained)[1])
+        with pytest.raises(InputError, match=f"{answered.FILE}: damaged"):
+            answered.read(trained, opened(trained)[1])
     finally:
         file.write_bytes(whole)
