@@ -142,21 +142,16 @@ def write_run(folder, run, settings, trigger):
     The run directory without SFT: the carrier, the trigger of that name where there is one, what was
     measured, and its settings without paths of this machine. Returns the bytes of the first two.
     """
-    kept = portable(settings)
-    place = Path(settings["model"])
+    config, place = portable(settings), Path(settings["model"])
     if place.is_absolute() and place.is_relative_to(Path.cwd()):
-        kept["model"] = str(place.relative_to(Path.cwd()))
-    write_json(folder / "config.json", kept)
-    names = {"carrier.safetensors": "carrier.safetensors", f"{trigger}.safetensors": "trigger.safetensors",
-             "results.md": "results.md"}
+        config["model"] = str(place.relative_to(Path.cwd()))
+    write_json(folder / "config.json", config)
     if (run / "results.json").is_file():
-        write_json(folder / "results.json", read_json(run / "results.json") | {"model": kept["model"]})
-    size = 0
-    for name, new in names.items():
+        write_json(folder / "results.json", read_json(run / "results.json") | {"model": config["model"]})
+    for name in ("carrier.safetensors", f"{trigger}.safetensors", "results.md"):
         if (run / name).is_file():
-            shutil.copyfile(run / name, folder / new)
-            size += (folder / new).stat().st_size if name.endswith(".safetensors") else 0
-    return size
+            shutil.copyfile(run / name, folder / name)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # ----------------------------------------------------------------------------------- the model card
@@ -269,7 +264,9 @@ def main(argv=None):
     net = model.load(source, dtype=getattr(torch, settings["dtype"]))
     file = {"lcdd": "carrier.safetensors", "sft": "sft.safetensors"}[o.which]
     carrier = carriers.load(run / file, net)
-    tau = trigger_of(run, o.trigger, o.which, net) if "prompt" in o.kinds else None
+    tau = None
+    if "prompt" in o.kinds or o.trigger != "trigger":       # a trigger that was named has to be there
+        tau = trigger_of(run, o.trigger, o.which, net)
     table = run / "results.md"
     results = table.read_text(encoding="utf-8") if table.is_file() else ""
     stats, task, of_base = carrier.stats(), Path(settings["task"]).name, packed.fingerprint(net)

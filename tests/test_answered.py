@@ -122,6 +122,8 @@ def test_exported_without_sft_it_answers(trained, tmp_path, capsys):
         answers.append([line for line in lines if line.strip().startswith(("Base", "LCDD"))])
     assert answers[0] == answers[1]
     assert len(answers[0]) == 2
+    with pytest.raises(InputError, match="other.safetensors: no such trigger"):
+        export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run", "--trigger", "other"])
     with pytest.raises(InputError, match="--as run is for the LCDD carrier"):
         export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run", "--which", "sft"])
 
