@@ -51,6 +51,16 @@ def test_other_prompts_have_other_answers(trained):
     assert answered.read(trained, opened(trained, samples=samples)[1]) == {}
 
 
+@pytest.mark.parametrize("change", [lambda net: setattr(net, "stop", {5}), lambda net: net.bfloat16()])
+def test_another_end_and_other_numbers_have_other_answers(trained, change):
+    config, chat, splits = reopen(trained)
+    net = load_model(chat, "cpu", config["dtype"])
+    change(net)
+    origin = answered.origins(
+        trained, net, chat, splits["test"], config["max_new_tokens"], config["max_len"])
+    assert answered.read(trained, origin) == {}
+
+
 def test_another_carrier_has_answers_of_its_own(trained):
     file = trained / "carrier.safetensors"
     before = file.read_bytes()

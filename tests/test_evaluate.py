@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import math
 import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -331,6 +332,26 @@ def test_an_error_in_one_job_ends_the_others(tmp_path, run, monkeypatch):
     assert not (tmp_path / "r-seed2" / "carrier.safetensors").exists()
 
 
+def deaf(heard):
+    """A process that loses the first signal that ends it."""
+    def lose(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lose)
+    heard.set()
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_process_that_lost_its_signal_is_told_again():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=deaf, args=(ready,), daemon=True)
+    process.start()
+    assert ready.wait(10)
+    ablate.end([process], patience=0.2)
+    assert process.exitcode == -signal.SIGTERM
+
+
 def test_measure_tells_what_is_the_bases_own():
     """
     Answers handed in: `same` compares with the base's, not with SFT's; the KLs are those of
@@ -657,8 +678,8 @@ def test_shut_gates_are_measured_as_the_base_that_they_are():
     assert found["kl_own"] == found["a kl_base"] == 0
 
 
-def test_what_is_not_quite_the_base_is_seen(run):
-    """One weight that no prompt's logits show."""
+def test_what_is_not_quite_the_base_is_seen(run, monkeypatch):
+    """One weight, where the logits of the prompts do not show it."""
     config, chat, splits = reopen(run)
     net = model.load(ROOT / "tiny")
     shut = carriers.Carrier(net.config).with_gates(False).merge(net)
@@ -666,6 +687,7 @@ def test_what_is_not_quite_the_base_is_seen(run):
     weights = [dict(layer) for layer in shut.weights]
     weights[0]["q_proj"] = weights[0]["q_proj"].clone()
     weights[0]["q_proj"][0, 0] = torch.nextafter(weights[0]["q_proj"][0, 0], torch.tensor(1.0))
+    monkeypatch.setattr(model.Llama, "forward", lambda *_, **__: torch.zeros(1))
     assert not evaluate.is_base(net, chat, config, splits["test"][:4], carriers.Merged(weights))
 
 

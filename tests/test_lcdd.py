@@ -698,6 +698,49 @@ def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, l
     assert read_json(tmp_path / "r" / "results.json")["stopped"]["steps"] == 4
 
 
+@pytest.mark.parametrize("losses, steps", [
+    ([2e-3] * 60, 60),                      # never sure, not in the first step either
+    ([1.0] * 20 + [1e-9] * 40, 44),         # sure 14 steps later, 0.6¹⁴ < 0.001; then ten more
+    ([1.0] * 30 + [1e-9] * 30, 55),         # sure after 44 steps, then a quarter as many
+    ([1e-9] * 60, 11)])                     # sure at once
+def test_sft_ends_soon_after_it_is_sure(tmp_path, monkeypatch, losses, steps):
+    """Sure: the average of the loss, which forgets two fifths a step, is under 0.001."""
+    net, c = fresh()
+    told = iter(losses)
+
+    def given(net, carrier, *_):
+        for p in carrier.delta.parameters():
+            p.grad = torch.zeros_like(p)
+        return next(told)
+
+    monkeypatch.setattr(lcdd, "gradients", given)
+    found = lcdd.train_delta(
+        net, c, examples(), settings(), tmp_path, 0, "sft", 1e-3, 60, 0, lcdd.adamw(c, 1e-3),
+        sure=1e-3)
+    assert found == steps
+
+
+def test_a_resumed_pruning_answers_no_validation_prompts_again(tmp_path, monkeypatch):
+    update, check = lcdd.Controller.update, lcdd.check_sft
+    checked = []
+
+    def stopping(controller, t, loss):
+        if t == 1:
+            signal.raise_signal(signal.SIGTERM)
+        update(controller, t, loss)
+
+    monkeypatch.setattr(lcdd, "check_sft", lambda *a: checked.append(1) or check(*a))
+    argv = brief("--out", str(tmp_path / "r"), "--steps", "4", "--resume")
+    with monkeypatch.context() as within:
+        within.setattr(lcdd.Controller, "update", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            lcdd.main(argv)
+    told = read_json(tmp_path / "r" / "results.json")["validation"]
+    lcdd.main(argv)
+    assert len(checked) == 1
+    assert read_json(tmp_path / "r" / "results.json")["validation"] == told
+
+
 def test_a_state_of_another_phase_is_refused(tmp_path):
     net, c = fresh()
     lcdd.save_state(tmp_path / "state.safetensors", c, lcdd.adamw(c, 1e-3), phase="lcdd", step=3)

@@ -314,3 +314,20 @@ def test_the_lock_ends_with_its_holder(tmp_path):
             raise RuntimeError
     with alone(tmp_path):
         pass
+
+
+def test_seconds_of_interrupted_sessions_add_up(tmp_path, monkeypatch):
+    """A phase that begins anew starts its clock at 0."""
+    clock = iter([100.0, 107.0, 500.0, 503.0, 900.0, 901.0])
+    monkeypatch.setattr(run.time, "time", lambda: next(clock))
+    results = {"seconds": {"sft": 5.0}}
+    with pytest.raises(KeyboardInterrupt):
+        with run.timed(tmp_path, results, "sft", resumed=False):
+            raise KeyboardInterrupt
+    assert read_json(tmp_path / "results.json")["seconds"] == {"sft": 7.0}
+    with run.timed(tmp_path, results, "sft", resumed=True):
+        results["stopped"] = "here"
+    assert read_json(tmp_path / "results.json") == {"seconds": {"sft": 10.0}, "stopped": "here"}
+    with run.timed(tmp_path, results, "sft", resumed=False):
+        pass
+    assert results["seconds"] == {"sft": 1.0}

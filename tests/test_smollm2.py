@@ -24,6 +24,17 @@ def test_the_hub_comes_first(tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["chat"]
 
 
+def test_the_wheel_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    def registry(folder):
+        shutil.copytree(TINY, folder, dirs_exist_ok=True)
+        return "the registry's"
+
+    monkeypatch.setattr(smollm2, "locate", lambda name: TINY)
+    monkeypatch.setattr(smollm2, "from_registry", registry)
+    smollm2.main([str(tmp_path / "chat"), "--wheel"])
+    assert "the registry's" in capsys.readouterr().out
+
+
 def test_without_the_hub_the_registry(tmp_path, monkeypatch, capsys):
     """The second time nothing is fetched, and the folder still says where it comes from."""
     def registry(folder):
