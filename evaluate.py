@@ -380,7 +380,7 @@ def is_point(row):
     needed = [row.get(name) for name in ("step", "ema", "lambda", "sparsity")]
     if row.get("budget") is not None:
         needed.append(row["budget"])
-    return all(type(x) in (int, float) and abs(x) < 1e15 for x in needed)
+    return all(type(x) in (int, float) and abs(x) < 1e300 for x in needed)
 
 
 def draw_gates(axes, carrier, sparsity):
