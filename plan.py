@@ -70,11 +70,11 @@ def needed(config, step, o):
     layers, tokens = config.num_hidden_layers, step.tokens / step.micro
     plain = o.device == "cpu" and wide == 2
     layer = activations(config, step.length if plain else 0)
-    kept = layers * layer * tokens
+    kept, merged = layers * layer * tokens, deltas
     if o.checkpoint:                                        # the streams between layers, and one layer
-        kept = (layers * config.hidden_size + layer) * tokens
+        kept, merged = (layers * config.hidden_size + layer) * tokens, deltas / layers
     logits = min(CHUNK, step.supervised / step.micro) * config.vocab_size
-    return {"weights": parameters * wide, "merged weights": deltas * wide,
+    return {"weights": parameters * wide, "merged weights": merged * wide,
             "deltas, gradients and AdamW's moments": 4 * deltas * narrow,
             "activations": kept * wide, "logits": 3 * 4 * logits}
 

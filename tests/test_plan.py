@@ -170,10 +170,10 @@ def test_memory_of_weights_and_moments():
 
 def test_recomputation_saves_memory():
     step = plan.Step(micro=1, tokens=1000, supervised=0, prefix=0, length=50)
-    usual, less = (
-        plan.needed(CONFIG, step, settings(*more))["activations"] for more in ([], ["--checkpoint"])
-    )
-    assert less < usual / 2
+    usual, less = (plan.needed(CONFIG, step, settings(*more)) for more in ([], ["--checkpoint"]))
+    assert less["activations"] < usual["activations"] / 2
+    # merged weights live no longer than their layer
+    assert less["merged weights"] == usual["merged weights"] / CONFIG.num_hidden_layers
 
 
 # ---- what is measured
