@@ -265,11 +265,15 @@ def output_loss(net, hidden, target, counts):
     hidden, target (N, d): hidden states at the kept positions, row after row; counts (B): how many
     belong to each prompt.
     """
-    p = model.wide(net.head(target)).log_softmax(-1)                                    # (N, V)
-    q = model.wide(net.head(hidden)).log_softmax(-1)                                    # (N, V)
-    kl = (p.exp() * (p - q)).sum(-1)                                                    # (N)
-    weight = (1 / counts.to(kl.dtype)).repeat_interleave(counts) / len(counts)          # (N)
-    return (kl * weight).sum()
+    weight = (1 / counts.to(model.wide(hidden).dtype)).repeat_interleave(counts)        # (N)
+    weight = weight / len(counts)
+
+    def piece(h, t, w):
+        p = model.wide(net.head(t)).log_softmax(-1)                                     # (chunk, V)
+        q = model.wide(net.head(h)).log_softmax(-1)
+        return ((p.exp() * (p - q)).sum(-1) * w).sum()
+
+    return model.in_pieces(net, piece, hidden, target, weight)
 
 
 def trigger_loss(net, weights, tau, targets, rows, mask, o, unit=1.0, variance=None):

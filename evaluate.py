@@ -100,14 +100,15 @@ def columns(labels):
 # ---- teacher-forced measures
 
 @torch.no_grad()
-def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=1024):
+def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=None):
     """
     Yields (prompt, token, {condition: log p}) for the tokens of `answers`, `chunk` of them at a
     time: the prompt's number (N), the token's id (N), log-probabilities in its place (N, V).
 
     prompts, answers: lists of ids. conditions: name → (carrier, trigger). A batch's hidden states
-    and a chunk's logits are all that is in memory.
+    and a chunk's logits are all that is in memory; the net says how many where `chunk` does not.
     """
+    chunk = chunk or net.chunk
     order = [i for i in range(len(prompts)) if answers[i]]
     order.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
     order = share(order)
@@ -138,7 +139,7 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu()
 
 
-def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chunk=1024):
+def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chunk=None):
     """
     KL(p ‖ q) for pairs (p, q) of conditions, teacher-forced on `answers` (App. F.4):
     {pair: (P) means over a prompt's tokens}, NaN where an answer has none.
@@ -154,7 +155,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     return {pair: total / lengths for pair, total in totals.items()}
 
 
-def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=1024):
+def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=None):
     """
     What every condition makes of the base's own `answers`: ({name: KL(Base ‖ ·)}, {name: loss}),
     (P) means over a prompt's tokens, NaN where an answer has none. No KL of the base's own.

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import behaviour
 import carrier as carriers
@@ -67,39 +66,34 @@ REOPEN = 4              # times that gates may open again, until the budget coun
 
 # --------------------------------------------------------------------------------------- the loss
 
-def task_loss(net, carrier, ids, mask, teacher=None, chunk=1024, divergence=False):
+def task_loss(net, carrier, ids, mask, teacher=None, divergence=False, tokens=1,
+              chunk=None):
     """
-    L, summed over the tokens that `mask` (B, T) marks: cross-entropy, with the teacher's
-    distributions as soft targets where there is one (App. E). divergence: without the teacher's own
-    entropy, KL(teacher ‖ gated); the gradient is the same.
+    L, summed over the tokens that `mask` (B, T) marks, over `tokens`: cross-entropy, with the
+    teacher's distributions as soft targets where there is one (App. E). divergence: without the
+    teacher's own entropy, KL(teacher ‖ gated); the gradient is the same.
 
-    The head runs on those positions only, `chunk` tokens at a time, recomputed in the backward pass
-    where there are more: with 152k words the logits of a whole batch would be most of the memory.
+    The head runs on those positions only, `chunk` tokens at a time: with 152k words the logits of a whole
+    batch would be most of the memory.
     """
     keep = mask[:, 1:]                                                          # (B, T-1)
     target = ids[:, 1:][keep]                                                   # (N)
     hidden = net.hidden(ids[:, :-1], carrier, keep=keep)                        # (N, d)
-    aim = None
-    if teacher is not None:
-        with torch.no_grad():
-            aim = net.hidden(ids[:, :-1], teacher, keep=keep)                   # (N, d)
 
-    def piece(h, y, t):
+    def hard(h, y):
         logits = model.wide(net.head(h))                                        # (chunk, V)
-        if t is None:
-            return F.cross_entropy(logits, y, reduction="sum")
-        q = logits.log_softmax(-1)
-        p = model.wide(net.head(t)).log_softmax(-1)
-        return -(p.exp() * (q - p if divergence else q)).sum()
+        return F.cross_entropy(logits, y, reduction="sum") / tokens
 
-    pieces = []
-    for i in range(0, len(target), chunk):
-        some = slice(i, i + chunk)
-        pieces.append((hidden[some], target[some], None if aim is None else aim[some]))
-    run = piece
-    if len(pieces) > 1:
-        run = functools.partial(checkpoint, piece, use_reentrant=False)
-    return sum(run(*p) for p in pieces)
+    def soft(h, t):
+        q = model.wide(net.head(h)).log_softmax(-1)                             # (chunk, V)
+        p = model.wide(net.head(t)).log_softmax(-1)
+        return -(p.exp() * (q - p if divergence else q)).sum() / tokens
+
+    if teacher is None:
+        return model.in_pieces(net, hard, hidden, target, chunk=chunk)
+    with torch.no_grad():
+        aim = net.hidden(ids[:, :-1], teacher, keep=keep)                       # (N, d)
+    return model.in_pieces(net, soft, hidden, aim, chunk=chunk)
 
 
 def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence=False):
@@ -116,7 +110,7 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence
     total = 0.0
     for i in range(0, len(batch), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(batch[i:i + micro_batch], pad_id))
-        loss = task_loss(net, step, ids, mask, teacher, divergence=divergence) / tokens
+        loss = task_loss(net, step, ids, mask, teacher, divergence, tokens)
         loss.backward()
         total += loss.detach()
     add_up(p.grad for p in carrier.parameters() if p.grad is not None)

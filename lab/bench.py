@@ -186,7 +186,7 @@ def ways(net, carrier):
     }
 
 
-def step(way, ids, mask, chunk=1024):
+def step(way, ids, mask, chunk=None):
     """Forward and backward of one batch; the loss."""
     net, carrier, trained = way
     for p in trained:
@@ -298,7 +298,7 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def memory(way, ids, mask, chunk=1024):
+def memory(way, ids, mask, chunk=None):
     """
     Peak bytes of one step, weights and gradients included: the allocator's on a GPU, of all live
     tensors on a CPU.
@@ -375,7 +375,7 @@ def bench_memory(s, device):
         "literal Eq. 1": (net, Slow(carrier, literal), trained),
     }
     cases = {
-        "head where the loss is": (mask, 1024),
+        "head where the loss is": (mask, None),
         "head on every token at once": (torch.ones_like(mask), mask.numel()),
     }
     found = {}

@@ -104,13 +104,14 @@ def places(continuations, owner, contexts):
 
 
 @torch.no_grad()
-def log_likelihoods(net, pairs, carrier=None, trigger=None, batch_size=16, chunk=256, progress=None):
+def log_likelihoods(net, pairs, carrier=None, trigger=None, batch_size=16, chunk=None, progress=None):
     """
     ln p(continuation | context) of P pairs of id lists, (P) in nats, summed in float64.
 
-    batch_size contexts at a time; `chunk` rows of logits are all that is in memory. progress:
+    batch_size contexts at a time; `chunk` rows of logits (net.chunk) are all that is in memory. progress:
     called with the number of pairs done.
     """
+    chunk = chunk or net.chunk
     following = {}  # context → its pairs
     for i, (context, _) in enumerate(pairs):
         following.setdefault(tuple(context), []).append(i)

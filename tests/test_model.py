@@ -10,9 +10,11 @@ import dataclasses
 import json
 import shutil
 import types
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +22,7 @@ import model
 from carrier import Carrier
 from config import Config
 from files import InputError
+from helpers import make_net
 from rows import Cache, attention, inverse_frequencies, literal_attention
 
 TOLERANCE = 1e-4    # logits, fp32, against transformers
@@ -907,3 +910,42 @@ def test_refuses_files(copy):
         model.load(copy.path)
     with pytest.raises(InputError, match="nowhere"):
         model.load(copy.path / "nowhere")
+
+
+# ---- losses on logits
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_a_loss_in_pieces_is_the_loss_of_the_whole(size):
+    net = make_net()
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    target, weight = torch.randint(41, (7,)), torch.rand(7, dtype=torch.float64)
+
+    def piece(h, y, w):
+        return (F.cross_entropy(net.head(h), y, reduction="none") * w).sum()
+
+    want, = torch.autograd.grad(3 * piece(hidden, target, weight), hidden)
+    loss = model.in_pieces(net, piece, hidden, target, weight, chunk=size)
+    got, = torch.autograd.grad(3 * loss, hidden)
+    assert torch.allclose(got, want, atol=1e-12)
+    assert torch.allclose(loss, piece(hidden, target, weight), atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(
+            model.in_pieces(net, piece, hidden, target, weight, chunk=size), loss, atol=1e-12)
+
+
+def test_pieces_make_their_logits_once_and_keep_none(monkeypatch):
+    net, made = make_net(), []
+    head = net.head
+    monkeypatch.setattr(net, "head", lambda h: made.append(weakref.ref(x := head(h))) or x)
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    loss = model.in_pieces(net, lambda h: net.head(h).square().sum(), hidden, chunk=3)
+    assert [ref() for ref in made] == [None] * 3
+    loss.backward()
+    assert len(made) == 3
+
+
+def test_as_many_logits_as_a_cache_holds_are_made_at_a_time():
+    net = make_net()
+    assert net.chunk == model.CACHED // 41
+    net.config = dataclasses.replace(net.config, vocab_size=10 ** 9)
+    assert net.chunk == 32
