@@ -29,7 +29,8 @@ from files import (
     COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
 from parallel import add_up, once, share
 from run import (
-    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen)
+    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen,
+    ticker)
 
 NAMES = {
     "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
@@ -100,19 +101,22 @@ def columns(labels):
 # ---- teacher-forced measures
 
 @torch.no_grad()
-def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=None):
+def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=None, label="KLs"):
     """
     Yields (prompt, token, {condition: log p}) for the tokens of `answers`, `chunk` of them at a
     time: the prompt's number (N), the token's id (N), log-probabilities in its place (N, V).
 
     prompts, answers: lists of ids. conditions: name → (carrier, trigger). A batch's hidden states
     and a chunk's logits are all that is in memory; the net says how many where `chunk` does not.
+    label: what the progress is called.
     """
     chunk = chunk or net.chunk
     order = [i for i in range(len(prompts)) if answers[i]]
     order.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
     order = share(order)
+    tell = ticker(label, len(order))
     for start in range(0, len(order), batch_size):
+        tell(start)
         rows = order[start:start + batch_size]
         texts = []
         for i in rows:
@@ -146,7 +150,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     """
     totals = {pair: torch.zeros(len(prompts), dtype=torch.float64) for pair in pairs}
     used = {name: conditions[name] for pair in pairs for name in pair}
-    stream = log_probabilities(net, prompts, answers, used, batch_size, chunk)
+    stream = log_probabilities(net, prompts, answers, used, batch_size, chunk, "KLs on answers")
     for owner, _, logp in stream:
         for p, q in pairs:
             totals[p, q].index_add_(0, owner, divergence(logp[p], logp[q]))
@@ -162,7 +166,8 @@ def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=None):
     """
     kl = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in conditions}
     loss = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in conditions}
-    stream = log_probabilities(net, prompts, answers, conditions, batch_size, chunk)
+    stream = log_probabilities(net, prompts, answers, conditions, batch_size, chunk,
+                               "loss on the base's answers")
     for owner, token, logp in stream:
         for name, q in logp.items():
             kl[name].index_add_(0, owner, divergence(logp["base"], q))

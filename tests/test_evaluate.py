@@ -62,7 +62,7 @@ def test_kl_against_a_closed_form():
     categorical distributions.
     """
     class Fixed:
-        device, config = torch.device("cpu"), CONFIG
+        device, config, chunk = torch.device("cpu"), CONFIG, 8
         head = staticmethod(lambda h: h)
 
         def hidden(self, ids, carrier, trigger, keep):
