@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_iter
 
 import eraser
 import evaluate
-import lcdd
 import model
+import training
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from config import Config
 from run import (
@@ -191,7 +191,7 @@ def step(way, ids, mask, chunk=None):
     net, carrier, trained = way
     for p in trained:
         p.grad = None
-    loss = lcdd.task_loss(net, carrier, ids, mask, chunk=chunk) / mask[:, 1:].sum()
+    loss = training.task_loss(net, carrier, ids, mask, chunk=chunk) / mask[:, 1:].sum()
     loss.backward()
     return float(loss.detach())
 
@@ -397,7 +397,7 @@ def deepseek_peak(layers, device):
     net.checkpoint = True
     carrier = random_carrier(net, 1.0, torch.bfloat16)
     parameters = {*net.parameters(), *carrier.parameters()}
-    optimizer = lcdd.adamw(carrier, 2e-5)
+    optimizer = training.adamw(carrier, 2e-5)
     gates = torch.optim.SGD([carrier.logits], lr=0.1)
 
     def whole_step():
@@ -407,7 +407,7 @@ def deepseek_peak(layers, device):
         way = (net, carrier, list(carrier.parameters()))
         step(way, *random_batch(DEEPSEEK, 8, 512, 128, device))
         (0.01 * penalty(carrier.logits)).backward()
-        lcdd.clip_gradients(carrier, 1.0)
+        training.clip_gradients(carrier, 1.0)
         optimizer.step()
         gates.step()
 

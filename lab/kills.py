@@ -24,6 +24,7 @@ import torch._dynamo  # noqa: F401, what the first optimizer would import, in ev
 
 import eraser
 import lcdd
+import training
 from files import InputError, load_tensors, read_json, read_jsonl
 from lab import ablate
 from lab.world import FEW, TRIGGER, ablate_options, make_world
@@ -133,7 +134,7 @@ def instants(at, seen):
     with contextlib.ExitStack() as stack:
         for name in ("replace", "fsync", "unlink"):
             stack.enter_context(mock.patch.object(os, name, partial(around, getattr(os, name))))
-        for module in (lcdd, eraser):
+        for module in (training, eraser):
             stack.enter_context(mock.patch.object(module, "append_jsonl", append))
         yield
 
