@@ -451,9 +451,11 @@ class Merged:
         self.weights = weights
 
     def merge(self, net):
+        """Itself, where a carrier is asked for its merged weights."""
         return self
 
     def bind(self, net, scale=None):
+        """linear(l, name, x) by these weights. Raises InputError for a scale: Δ is no longer apart."""
         if scale is not None:
             raise InputError("a merged carrier has no scale left: hand the Carrier itself to the "
                              "forward pass")

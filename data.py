@@ -25,6 +25,7 @@ WITH_INPUT = "with input"  # the kind of an Alpaca row whose input field is not 
 
 @dataclass(frozen=True)
 class Sample:
+    """A prompt and its response, and what decides where it goes and how answers are judged."""
     prompt: str
     response: str     # what SFT teaches
     kind: str = ""    # harmful | benign | any label that rates are split by
@@ -41,6 +42,7 @@ class Empty(InputError):
 
 @dataclass
 class Row:
+    """The named fields of one row of a file, checked as they are asked for."""
     where: str    # names the row in an error
     fields: dict
 
@@ -64,6 +66,7 @@ class Row:
         return value
 
     def refuse(self, name, why):
+        """Raises InputError that names the row and the field."""
         raise InputError(f"{self.where}: field {name!r} {why}")
 
 
@@ -84,6 +87,7 @@ def rows(path):
 
 
 def text_rows(path):
+    """(number, fields) of each row of a file of text; its first character and its name say which."""
     try:
         text = read_text(path, LARGEST)
     except (OSError, ValueError) as e:
@@ -99,6 +103,7 @@ def text_rows(path):
 
 
 def parquet_rows(path):
+    """(number, fields) of each row of a Parquet file, from 1; pyarrow is imported here only."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -114,6 +119,7 @@ def parquet_rows(path):
 
 
 def parse_json(where, text):
+    """json.loads(), whose errors become an InputError that begins with `where`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # thousands of digits, or of brackets, are errors too
@@ -121,16 +127,19 @@ def parse_json(where, text):
 
 
 def json_array(path, text):
+    """(number, object) of one JSON list of objects, from 1."""
     return enumerate(parse_json(path, text), 1)
 
 
 def json_lines(path, text):
+    """Yield (line, object) of JSON lines, from 1; empty lines count, and give nothing."""
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand in a string
         if line.strip():
             yield n, parse_json(f"{path}, row {n}", line)
 
 
 def table_rows(path, text):
+    """Yield (row, fields) of a CSV or TSV table from 2 on; a tab in the header makes it TSV."""
     csv.field_size_limit(1 << 24)
     comma = "\t" if "\t" in text.split("\n", 1)[0] else ","
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
@@ -203,6 +212,7 @@ def sample_of(row, task, prompts_only):
 
 
 def own_sample(row, prompts_only):
+    """A row of our own format. Raises InputError for an unknown split or a bad pattern."""
     taught = row.text("prompt"), row.text("response", optional=prompts_only)
     more = [row.text(name, optional=True) for name in ("kind", "answer", "split", "pattern")]
     sample = Sample(*taught, *more)
@@ -235,6 +245,7 @@ def harmbench_sample(row, prompts_only):
 
 
 def published_sample(row, behaviour, prompts_only):
+    """A row of a behaviour's published data; None where its label is a kind that is left out."""
     columns = dict(behaviour.columns)
     kind = ""
     if "kind" in columns:

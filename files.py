@@ -251,12 +251,14 @@ def check_value(where, name, value, allowed):
 
 
 def check_text(where, name, value, texts):
+    """Raises InputError where a value is none of these texts."""
     if not isinstance(value, str) or value not in texts:
         raise InputError(f"{where}: {name} = {shown(value)} is not one of {', '.join(texts)}; "
                          "restore the file")
 
 
 def check_plain(where, name, value, types, low, high):
+    """Raises InputError where a value has none of these types, or is a number out of bounds."""
     if value is None and None in types:
         return
     if type(value) not in types or isinstance(value, str) and NO_TEXT.search(value):
@@ -267,6 +269,7 @@ def check_plain(where, name, value, types, low, high):
 
 
 def refuse_value(where, name, value):
+    """Raises InputError for a field that is missing or of the wrong type."""
     if value is None:
         raise InputError(f"{where}: the field {name!r} is missing; restore the file")
     raise InputError(f"{where}: {name} = {shown(value)} is of the wrong type; restore the file")

@@ -91,6 +91,7 @@ class Cursor:
         return found
 
     def text(self):
+        """A string: its length in eight bytes, then UTF-8."""
         size = self.take("Q")
         self.left(size, 1)
         self.at += size
@@ -149,6 +150,7 @@ class Gguf:
                              f"{', '.join(FAMILIES)}, which are what runs here; give another model")
 
     def read_header(self):
+        """Fill `fields` and `places`; weights begin at the next aligned byte. ValueError: damaged."""
         cursor = Cursor(self.data)
         if self.data[:4] != b"GGUF":
             raise ValueError("it does not begin with GGUF")

@@ -115,6 +115,7 @@ def once(function):
     """A function that the first process runs alone, as it writes or measures; all have what it returns."""
     @functools.wraps(function)
     def by_the_first(*args, **more):
+        """Meanwhile the first process counts as the only one, so that it waits for no other."""
         global size
         if size == 1:
             return function(*args, **more)
@@ -141,11 +142,13 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def send(self, *_):
+        """After a step: every parameter goes from the process that has moved it to all."""
         if size > 1:
             for i, p in enumerate(self.every):
                 dist.broadcast(p, i % size)
 
     def zero_grad(self, set_to_none=True):
+        """Of all parameters, those that another process moves too."""
         for p in self.every:
             p.grad = None
 

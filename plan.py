@@ -23,7 +23,7 @@ from chat import collate
 from run import duration, markdown
 from settings import fit
 
-CHUNK = 1024        # tokens whose logits are made at a time (lcdd.task_loss)
+CHUNK = 1024        # tokens whose logits are made at a time (training.task_loss)
 ANSWERED = 128      # prompts that are answered at a time (Llama.generate)
 WIDEST = 1024       # width, tokens and words that are measured at most; what is larger is scaled
 TOKENS = 512

@@ -76,6 +76,15 @@ PRESETS = paper_presets()
 def parser(description=None):
     """All options of lcdd.py, with the paper's values in their help where ours differ."""
     p = Parser(description)
+    add_run(p)
+    add_data(p)
+    add_training(p)
+    add_lcdd(p)
+    return p
+
+
+def add_run(p):
+    """What is trained on what, where the run lies, and how it is computed."""
     a = p.add_argument
     a("--model",
       help="directory of a Hugging Face checkpoint, or a hub id (default: the embedded tiny/)")
@@ -116,6 +125,9 @@ def parser(description=None):
     a("--checkpoint", action="store_true",
       help="recompute layers in the backward pass: less memory, more time")
 
+
+def add_data(p):
+    """How many samples, and how long they are."""
     a = p.add_argument_group("data").add_argument
     for name, n in SIZES.items():
         a(f"--n-{name}", type=int, default=n, help=f"prompts for {name} (default {n})")
@@ -124,6 +136,9 @@ def parser(description=None):
     a("--max-new-tokens", type=int, default=128,
       help="length of the test answers (128; the paper's safety: 512)")
 
+
+def add_training(p):
+    """Batches, loss and rates: what holds for both phases, and SFT's own."""
     a = p.add_argument_group("training, both phases").add_argument
     a("--batch", type=int, default=16, help="samples an optimizer step (16; the paper: 32)")
     a("--micro-batch", type=int,
@@ -143,6 +158,9 @@ def parser(description=None):
       help="SFT comes to an early end when the loss is under this, in nats a token, settling when "
       "it is under a tenth of ε as well (0.001; 0: never)")
 
+
+def add_lcdd(p):
+    """Phase 2: its length and rates, the gates, the budget and λ, and the early stop (Alg. 1)."""
     a = p.add_argument_group("LCDD").add_argument
     a("--train", choices=("joint", "mask-ce", "mask-kl", "mask-kl-true"), default="joint",
       help="mask-*: gates only, Δ frozen (App. E); mask-kl has SFT's distributions as soft "
@@ -202,7 +220,6 @@ def parser(description=None):
       help="stop where the median loss is this share above the loss after warm-up "
       "(default: never; the released code: 0.35)")
     a("--save-every", type=int, default=200, help="optimizer steps between saved states (200)")
-    return p
 
 
 def options(argv=None, description=None):

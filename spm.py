@@ -24,6 +24,7 @@ def fields(data):
     at = 0
 
     def varint():
+        """The number at `at`: seven bits a byte, lowest first; the eighth says that more follow."""
         nonlocal at
         value = shift = 0
         while True:

@@ -27,6 +27,7 @@ import eraser
 import evaluate
 import lcdd
 import model
+import training
 from behaviour import BEHAVIOURS
 from files import (
     NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
@@ -96,7 +97,7 @@ def scaled_down(net, sft, loss, examples, pad_id, steps=10):
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        if lcdd.mean_loss(net, sft.merge(net, middle), examples, pad_id, BATCH) > loss:
+        if training.mean_loss(net, sft.merge(net, middle), examples, pad_id, BATCH) > loss:
             low = middle
         else:
             high = middle
@@ -169,7 +170,7 @@ class Run:
         """Samples, all for training by default, as (ids, mask)."""
         max_len, samples = self.config["max_len"], samples or self.splits["train"]
         found = [self.chat.encode(s.prompt, s.response, max_len) for s in samples]
-        return lcdd.supervised(found, self.config["loss"])
+        return training.supervised(found, self.config["loss"])
 
     def held_out(self):
         """The validation rows of each kind as (ids, mask): {kind: …}, harmful ones first."""
@@ -201,14 +202,14 @@ class Run:
         # a row is no phase of the run: it has a state and metrics of its own
         folder = self.folder / "rows" / name
         folder.mkdir(parents=True, exist_ok=True)
-        training = dict(examples=self.examples(), run=folder, pad_id=self.chat.pad_id)
+        common = dict(examples=self.examples(), run=folder, pad_id=self.chat.pad_id)
         usual = vars(settings_of_lcdd(["--device", self.o.device]))     # for what an older run did not know
         settings = argparse.Namespace(**usual | self.config)
         if name == "sft-long":
-            return self.make_sft_long(settings, training)
+            return self.make_sft_long(settings, common)
         if name in VARIANTS:
-            return self.make_variant(name, settings, training)
-        return self.make_mask(name, settings, training)
+            return self.make_variant(name, settings, common)
+        return self.make_mask(name, settings, common)
 
     def make_scaled(self):
         """
@@ -217,16 +218,16 @@ class Run:
         """
         kinds = self.held_out()
         kind, some = next(iter(kinds.items()))
-        loss = lcdd.mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id, BATCH)
+        loss = training.mean_loss(self.net, self.models["lcdd"], some, self.chat.pad_id, BATCH)
         merged, factor = scaled_down(self.net, self.sft(), loss, some, self.chat.pad_id)
         self.facts["scaled"] = {"factor": factor}
         for name, weights in (*self.models.items(), ("scaled", merged)):
             for kind, some in kinds.items():
-                loss = lcdd.mean_loss(self.net, weights, some, self.chat.pad_id, BATCH)
+                loss = training.mean_loss(self.net, weights, some, self.chat.pad_id, BATCH)
                 self.facts["scaled"][f"{kind} loss of {name}"] = loss
         return merged
 
-    def make_sft_long(self, settings, training):
+    def make_sft_long(self, settings, common):
         """SFT continued for as many steps as LCDD took, at LCDD's rate."""
         stopped = read_results(self.folder).get("stopped")
         if not stopped:
@@ -238,31 +239,31 @@ class Run:
         settings.sft_lr, settings.sure = settings.lr, 0.0
         settings.seed += 1
         longer = self.sft()
-        lcdd.train_sft(self.net, longer, o=settings, **training)
-        (training["run"] / "state.safetensors").unlink(missing_ok=True)
+        lcdd.train_sft(self.net, longer, o=settings, **common)
+        (common["run"] / "state.safetensors").unlink(missing_ok=True)
         return longer.merge(self.net)
 
-    def make_variant(self, name, settings, training):
+    def make_variant(self, name, settings, common):
         """LCDD from the same SFT with other settings."""
         vars(settings).update(VARIANTS[name])
         other = self.sft()
         other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
-        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=None, **training)
-        (training["run"] / "state.safetensors").unlink(missing_ok=True)
+        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=None, **common)
+        (common["run"] / "state.safetensors").unlink(missing_ok=True)
         dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
         self.facts[name] = facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
         self.carriers[name] = other
         self.keep_gates(name, other)
         return other.merge(self.net)
 
-    def make_mask(self, name, settings, training):
+    def make_mask(self, name, settings, common):
         """Gates alone, with SFT's deltas frozen: mask-ce or mask-kl (App. E)."""
         settings.train = name
         masked = self.sft()
         masked.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
         teacher = self.models["sft"] if name == "mask-kl" else None
-        facts = lcdd.train_lcdd(self.net, masked, o=settings, teacher=teacher, **training)
-        (training["run"] / "state.safetensors").unlink(missing_ok=True)
+        facts = lcdd.train_lcdd(self.net, masked, o=settings, teacher=teacher, **common)
+        (common["run"] / "state.safetensors").unlink(missing_ok=True)
         facts["sparsity"] = masked.stats()["sparsity"]
         self.facts[name] = facts
         self.carriers[name] = masked

@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_iter
 
 import eraser
 import evaluate
-import lcdd
 import model
+import training
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from config import Config
 from run import (
@@ -98,6 +98,7 @@ def random_carrier(net, density=1.0, dtype=torch.float32):
 
 
 def set_density(c, density):
+    """Open that share of the gates, always the same ones."""
     noise = torch.rand(c.logits.shape, generator=torch.Generator().manual_seed(0))
     c.logits.data.copy_(1.5 * (noise < density) - 0.75)
     return c
@@ -136,11 +137,13 @@ class Slow:
 
 
 def literal(x, base, delta, row, col):
+    """y by Eq. 1, its mask and masked weight made as matrices."""
     weight = masked_weight(base.weight, delta, row, col)
     return F.linear(x, weight.to(x.dtype), base.bias)
 
 
 def activations(x, base, delta, row, col):
+    """y by Eq. 9–20: both products, and the gates on what goes in and comes out of Δ's."""
     return gated_activations(x, base.weight, delta, row.to(x.dtype), col.to(x.dtype), base.bias)
 
 
@@ -191,7 +194,7 @@ def step(way, ids, mask, chunk=None):
     net, carrier, trained = way
     for p in trained:
         p.grad = None
-    loss = lcdd.task_loss(net, carrier, ids, mask, chunk=chunk) / mask[:, 1:].sum()
+    loss = training.task_loss(net, carrier, ids, mask, chunk=chunk) / mask[:, 1:].sum()
     loss.backward()
     return float(loss.detach())
 
@@ -397,17 +400,18 @@ def deepseek_peak(layers, device):
     net.checkpoint = True
     carrier = random_carrier(net, 1.0, torch.bfloat16)
     parameters = {*net.parameters(), *carrier.parameters()}
-    optimizer = lcdd.adamw(carrier, 2e-5)
+    optimizer = training.adamw(carrier, 2e-5)
     gates = torch.optim.SGD([carrier.logits], lr=0.1)
 
     def whole_step():
+        """AdamW's state made, then forward, backward, penalty, clipping and both optimizers."""
         for p in carrier.delta.parameters():  # a step on nothing makes AdamW's state
             p.grad = torch.zeros_like(p)
         optimizer.step()
         way = (net, carrier, list(carrier.parameters()))
         step(way, *random_batch(DEEPSEEK, 8, 512, 128, device))
         (0.01 * penalty(carrier.logits)).backward()
-        lcdd.clip_gradients(carrier, 1.0)
+        training.clip_gradients(carrier, 1.0)
         optimizer.step()
         gates.step()
 
@@ -512,6 +516,7 @@ def bench_batching(s, device, seed):
     pairs = [("sft", "lcdd"), ("sft", "trig"), ("base", "trig")]
 
     def trigger(size):
+        """∂L/∂τ over all prompts (Eq. 6), `size` of them at a time."""
         tau.grad = None
         for i in range(0, len(rows), size):
             piece = rows[i:i + size]
@@ -521,6 +526,7 @@ def bench_batching(s, device, seed):
         return tau.grad
 
     def evaluation(size):
+        """The answers of all conditions, `size` prompts at a time; the KLs are measured as well."""
         answers, together = {}, []
         for name, (c, t) in conditions.items():
             answers[name] = net.generate(prompts, s.new_tokens, carrier=c, trigger=t,
@@ -530,6 +536,7 @@ def bench_batching(s, device, seed):
         return together
 
     def times_as_fast(f, n):
+        """Seconds of one prompt at a time over those of n."""
         return paired({"together": partial(f, n), "alone": partial(f, 1)}, s)[1]["alone"]
 
     differ = float((trigger(len(rows)) - trigger(1)).norm() / tau.grad.norm())
@@ -550,11 +557,13 @@ def bench_batching(s, device, seed):
 
 
 def wider(config, factor):
+    """The config with `factor` times its width and heads."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     return replace(config, **{name: int(getattr(config, name) * factor) for name in names})
 
 
 def deeper(config, factor):
+    """The config with `factor` times its layers."""
     return replace(config, num_hidden_layers=int(config.num_hidden_layers * factor))
 
 

@@ -253,6 +253,7 @@ def damaged_tensors(found, rng):
 
 
 def damaged_tensor(t, way, rng):
+    """The tensor in another dtype, length or shape, or with all its numbers replaced by one."""
     if way == "cast":
         return t.to(rng.choice(CASTS))
     if way == "longer":

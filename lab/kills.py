@@ -24,6 +24,7 @@ import torch._dynamo  # noqa: F401, what the first optimizer would import, in ev
 
 import eraser
 import lcdd
+import training
 from files import InputError, load_tensors, read_json, read_jsonl
 from lab import ablate
 from lab.world import FEW, TRIGGER, ablate_options, make_world
@@ -36,6 +37,7 @@ LEFT = {".lock", "figure.png"}      # files that are not compared
 # ---- the commands: each works in a folder of its own, and resumes there
 
 def train(world, folder):
+    """lcdd.py with the steps of LONGER, so that a kill finds states between them."""
     words = ["--model", str(world / "model"), "--out", str(folder / "run"), "--resume", *FEW]
     for option, value in LONGER.items():
         if option in words:
@@ -46,6 +48,7 @@ def train(world, folder):
 
 
 def learn(world, folder):
+    """eraser.py on the run in the folder, twelve steps of the trigger."""
     words = ["--run", str(folder / "run"), *TRIGGER, "--resume"]
     words[words.index("--steps") + 1] = "12"
     with contextlib.suppress(InputError):       # so few steps move nothing, and it says so
@@ -53,15 +56,18 @@ def learn(world, folder):
 
 
 def rows(world, folder):
+    """The rows ROWS of the ablations, of the run in the folder."""
     o = ablate_options(folder / "run")
     ablate.work(str(folder / "run"), None, o, ROWS)
 
 
 def nothing(world, folder):
+    """An empty run directory: training begins there."""
     (folder / "run").mkdir(parents=True)
 
 
 def finished(world, folder):
+    """The world's finished run, without its trigger and its table."""
     shutil.copytree(world / "run", folder / "run")
     for name in ("trigger.safetensors", "trigger.state", "ablation.json"):
         (folder / "run" / name).unlink(missing_ok=True)
@@ -133,7 +139,7 @@ def instants(at, seen):
     with contextlib.ExitStack() as stack:
         for name in ("replace", "fsync", "unlink"):
             stack.enter_context(mock.patch.object(os, name, partial(around, getattr(os, name))))
-        for module in (lcdd, eraser):
+        for module in (training, eraser):
             stack.enter_context(mock.patch.object(module, "append_jsonl", append))
         yield
 

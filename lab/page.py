@@ -51,6 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def own_names(self):
+        """What a browser of this machine may call this server: {host:port}."""
         return {f"{host}:{self.server_port}" for host in (LOOPBACK, "localhost")}
 
     def handle_error(self, request, address):
@@ -60,6 +61,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """One request: the page (GET /), or a question and the answer as it comes (POST /say)."""
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "talk", ""
     timeout = PATIENCE
@@ -83,6 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer_with(self.say)
 
     def answer_with(self, what):
+        """Run page() or say(); what they refuse is answered with its status and sentence."""
         try:
             self.check_names()
             what()
@@ -99,6 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                f"{self.server.server_port}")
 
     def page(self):
+        """Send the page, with a column for each condition; a nonce allows its own script alone."""
         if self.path != "/":
             raise Refused(404, "there is one page here: /")
         columns = []
@@ -111,6 +115,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def say(self):
+        """Send the answer to a question in chunks, as it is generated; one question at a time."""
         if self.path != "/say":
             raise Refused(404, "questions go to /say")
         name, before, text = self.question()
@@ -125,6 +130,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def tell(self, text):
+        """Send a piece of the answer; an empty one would end it."""
         if piece := text.encode():
             self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import torch
 
 import eraser
-import lcdd
 import machine
 import model
+import training
 from carrier import PROJECTIONS, Carrier, penalty
 from chat import collate
 from files import InputError
@@ -109,15 +109,15 @@ def our_step(net, carrier, rule, density, optimizer, batch, pad_id):
     bench.set_density(carrier, density or 1.0)
     carrier.logits.requires_grad_(density is not None)
     if rule is None:
-        loss = lcdd.gradients(net, carrier, batch, len(batch), pad_id)
+        loss = training.gradients(net, carrier, batch, len(batch), pad_id)
     else:
         ids, mask = (t.to(net.device) for t in collate(batch, pad_id))
-        loss = lcdd.task_loss(net, bench.Slow(carrier, rule), ids, mask) / mask[:, 1:].sum()
+        loss = training.task_loss(net, bench.Slow(carrier, rule), ids, mask) / mask[:, 1:].sum()
         loss.backward()
         loss = float(loss.detach())
     if density is not None:
         penalty(carrier.logits).backward()
-    lcdd.clip_gradients(carrier, 1.0)
+    training.clip_gradients(carrier, 1.0)
     optimizer.step()
     optimizer.zero_grad()
     carrier.logits.grad = None

@@ -53,6 +53,7 @@ def speaker(chat, tell):
     ids, shown = [], 0
 
     def hear(_, token):
+        """Take in a new token, and tell what of the text is whole by now."""
         nonlocal shown
         ids.append(token)
         text = chat.decode(ids)

@@ -392,6 +392,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr, beta=0.95):
+        """One step at rate lr, with Nesterov's momentum; a tall matrix moves by more, and all decay."""
         for group, momentum in self.groups:
             grad = torch.stack([matrix.grad for matrix in group])          # (n, rows, cols)
             momentum.lerp_(grad, 1 - beta)

@@ -16,6 +16,7 @@ import eraser
 import evaluate
 import export
 import lcdd
+import training
 from chat import Chat
 from files import Failed, read_json, write_json
 from lab import ablate, damage, tiny
@@ -35,10 +36,10 @@ def make_world(folder):
     make_data(folder)
     whole, half = folder / "run", folder / "half"
     train = ["--model", str(base), *FEW]
-    stop_at("lcdd", lcdd, [*train, "--out", str(half)])
+    stop_at("lcdd", lcdd, training, [*train, "--out", str(half)])
     lcdd.main([*train, "--out", str(whole)])
     learn = ["--run", str(whole), *TRIGGER]
-    stop_at("trigger", eraser, learn)
+    stop_at("trigger", eraser, eraser, learn)
     shutil.copytree(whole, folder / "learning")
     with contextlib.suppress(Failed):           # so few steps move nothing
         eraser.main(learn)
@@ -119,18 +120,21 @@ def write_lines(path, rows):
     path.write_text(text, encoding="utf-8")
 
 
-def stop_at(phase, module, argv):
-    """Run the main() of lcdd or eraser, and interrupt it after its second row of `phase` in the log."""
-    append = module.append_jsonl
+def stop_at(phase, script, writer, argv):
+    """
+    Run the main() of lcdd or eraser, and interrupt it after its second row of `phase` in the log,
+    which the module `writer` appends to.
+    """
+    append = writer.append_jsonl
 
     def append_and_stop(path, row):
         append(path, row)
         if (row["phase"], row["step"]) == (phase, 1):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with mock.patch.object(module, "append_jsonl", append_and_stop):
+    with mock.patch.object(writer, "append_jsonl", append_and_stop):
         try:
-            module.main(argv)
+            script.main(argv)
         except KeyboardInterrupt:
             return
     raise AssertionError(f"{phase} came to its end before it was stopped")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import carrier
-import lcdd
 import model
 import packed
+import training
 from files import InputError, load_tensors, save_tensors
 from rows import Rows, rotary, rotate
 
@@ -820,15 +820,15 @@ def test_nothing_is_made_twice_in_an_optimizer_step(monkeypatch, micro_batch):
     c = make_carrier(net, 0.2)
     batch = [(torch.randint(31, (7,)).tolist(), [True] * 7) for _ in range(8)]
     found = counted(monkeypatch)
-    losses = [lcdd.gradients(net, c, batch, micro_batch, 0)]
+    losses = [training.gradients(net, c, batch, micro_batch, 0)]
     assert found == {"open_channels": 1, "merged_weight": 7 * SIZE["num_hidden_layers"]}
     for p in c.delta.parameters():
         p.data.mul_(2)                                        # the next step sees what has moved
-    losses.append(lcdd.gradients(net, c, batch, micro_batch, 0))
+    losses.append(training.gradients(net, c, batch, micro_batch, 0))
     assert found["open_channels"] == 2
     again = [(torch.tensor(ids)[None], torch.tensor(mask)[None]) for ids, mask in batch]
     with torch.no_grad():
-        want = sum(float(lcdd.task_loss(net, c, *one)) for one in again) / (8 * 6)
+        want = sum(float(training.task_loss(net, c, *one)) for one in again) / (8 * 6)
     assert losses[1] == pytest.approx(want, rel=EXACT)
     assert losses[1] != losses[0]
 
@@ -838,7 +838,7 @@ def test_where_memory_is_scarce_no_merged_weight_is_kept(monkeypatch):
     net.checkpoint = True
     batch = [(torch.randint(31, (7,)).tolist(), [True] * 7) for _ in range(4)]
     found = counted(monkeypatch)
-    lcdd.gradients(net, make_carrier(net, 0.2), batch, 2, 0)
+    training.gradients(net, make_carrier(net, 0.2), batch, 2, 0)
     # micro-batches, and each forward pass twice
     assert found["merged_weight"] == 2 * 2 * 7 * SIZE["num_hidden_layers"]
 

@@ -29,6 +29,7 @@ import lcdd
 import memory
 import model
 import settings
+import training
 from files import read_json, write_json
 from lab import ablate, bench
 
@@ -207,7 +208,7 @@ def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch,
         "--micro-batch", "4", "--log-every", "1", *few,
         *(["--checkpoint"] if task == "safety" else ["--train", "mask-kl"])
     ]
-    gradients, calls = lcdd.gradients, []
+    gradients, calls = training.gradients, []
 
     def stopping(*a):
         calls.append(1)
@@ -215,7 +216,7 @@ def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch,
         if len(calls) in (2, 6):
             signal.raise_signal(signal.SIGINT)
         return gradients(*a)
-    monkeypatch.setattr(lcdd, "gradients", stopping)
+    monkeypatch.setattr(training, "gradients", stopping)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             lcdd.main([*train, "--resume"])

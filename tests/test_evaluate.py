@@ -20,6 +20,7 @@ import evaluate
 import export
 import lcdd
 import model
+import training
 from chat import collate
 from data import Sample
 from files import InputError, read_header, read_json, read_jsonl, save_tensors, write_json
@@ -129,10 +130,10 @@ def test_scaled_down_delta_has_the_loss_asked_for():
         (p + a, [False] * len(p) + [True] * len(a))
         for p, a in zip(prompts(), net.generate(prompts(), 5, carrier=c, stop=()))
     ]
-    full, none = (lcdd.mean_loss(net, w, examples, 0, 64) for w in (c.merge(net), None))
+    full, none = (training.mean_loss(net, w, examples, 0, 64) for w in (c.merge(net), None))
     assert full < none
     weights, factor = ablate.scaled_down(net, c, (full + none) / 2, examples, 0, steps=16)
-    assert lcdd.mean_loss(net, weights, examples, 0, 64) == pytest.approx(
+    assert training.mean_loss(net, weights, examples, 0, 64) == pytest.approx(
         (full + none) / 2, abs=1e-3 * none
     )
     assert 0 < factor < 1
@@ -142,8 +143,8 @@ def test_mean_loss_is_lcdds_own():
     net = make_net()
     c = make_carrier(net)
     examples = [(p + a, [False] * len(p) + [True] * len(a)) for p, a in zip(prompts(), answers())]
-    want = lcdd.gradients(net, c, examples, 4, 0)
-    assert lcdd.mean_loss(net, c.merge(net), examples, 0, 2) == pytest.approx(want, rel=1e-10)
+    want = training.gradients(net, c, examples, 4, 0)
+    assert training.mean_loss(net, c.merge(net), examples, 0, 2) == pytest.approx(want, rel=1e-10)
 
 
 def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
@@ -871,7 +872,7 @@ def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
     assert examples == [
         r.chat.encode(s.prompt, s.response, 512) for s in held if s.kind == "harmful"
     ]
-    assert loss == pytest.approx(lcdd.mean_loss(r.net, r.lcdd, examples, 0, 8), rel=1e-4)
+    assert loss == pytest.approx(training.mean_loss(r.net, r.lcdd, examples, 0, 8), rel=1e-4)
     facts = r.facts["scaled"]
     assert facts["held-out harmful loss of lcdd"] == loss
     names = {
@@ -1040,7 +1041,7 @@ def test_losses_of_a_bf16_model_are_taken_in_fp32():
     ids, mask = collate([([1, 2, 3, 4, 5], [False, False, True, True, True])], 0)
     logits = net(ids[:, :-1], carrier=c.merge(net))[mask[:, 1:]].float()
     want = torch.nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="sum")
-    got = lcdd.task_loss(net, c.merge(net), ids, mask)
+    got = training.task_loss(net, c.merge(net), ids, mask)
     assert got.dtype == torch.float32
     assert float(got) == pytest.approx(float(want), rel=1e-5)
 

@@ -1,4 +1,7 @@
-"""lcdd.py: the loss, the controller and the loop of Alg. 1, resuming, and the command line."""
+"""
+training.py, controller.py, checks.py and lcdd.py: the loss, the decisions and the loop of Alg. 1,
+resuming, and the command line.
+"""
 import functools
 import gc
 import json
@@ -13,10 +16,13 @@ from helpers import ROOT, brief, make_net
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
+import checks
 import lcdd
 import model
+import training
 from carrier import Carrier
 from chat import collate
+from controller import Controller, EarlyStop, Selection, faster, hold_back, reopen_last
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
 from settings import PRESETS, pull
@@ -72,7 +78,7 @@ def test_task_loss_is_cross_entropy_on_the_marked_tokens():
         want += sum(-logits[t - 1].log_softmax(-1)[row[t]] for t in range(1, len(row)) if marks[t])
     for chunk in (1024, 7, 1):
         assert torch.allclose(
-            lcdd.task_loss(net, c, ids, mask, chunk=chunk).double(), want, atol=1e-10
+            training.task_loss(net, c, ids, mask, chunk=chunk).double(), want, atol=1e-10
         )
 
 
@@ -82,7 +88,7 @@ def test_chunked_head_has_the_same_gradients():
     grads = []
     for chunk in (1024, 5):
         c.zero_grad()
-        lcdd.task_loss(net, c, ids, mask, chunk=chunk).backward()
+        training.task_loss(net, c, ids, mask, chunk=chunk).backward()
         grads.append([p.grad.clone() for p in c.parameters()])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads))
     assert grads[0][0].abs().max() > 1e-4
@@ -95,8 +101,8 @@ def test_soft_targets_are_the_divergence_and_the_teachers_entropy():
     ids, mask = collate(examples(4), 0)
     p = net(ids[:, :-1], carrier=teacher).log_softmax(-1)[mask[:, 1:]]
     entropy = -(p.exp() * p).sum()
-    soft = lcdd.task_loss(net, c, ids, mask, teacher).double()
-    true = lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double()
+    soft = training.task_loss(net, c, ids, mask, teacher).double()
+    true = training.task_loss(net, c, ids, mask, teacher, divergence=True).double()
     assert torch.allclose(soft - true, entropy, atol=1e-10)
 
 
@@ -109,16 +115,16 @@ def test_kl_loss_is_the_divergence_from_the_teacher():
     q = net(ids[:, :-1], carrier=c).log_softmax(-1)[mask[:, 1:]]
     want = (p.exp() * (p - q)).sum()
     assert torch.allclose(
-        lcdd.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10
+        training.task_loss(net, c, ids, mask, teacher, divergence=True).double(), want, atol=1e-10
     )
     assert want > 1e-3
-    assert abs(float(lcdd.task_loss(net, teacher, ids, mask, teacher, divergence=True))) < 1e-12
+    assert abs(float(training.task_loss(net, teacher, ids, mask, teacher, divergence=True))) < 1e-12
 
 
 # ---- the controller
 
 def controller(**changes):
-    return lcdd.Controller(
+    return Controller(
         settings(
             **{
                 **dict(
@@ -243,7 +249,7 @@ def test_no_brake_without_a_budget_or_where_it_is_off():
 def test_selection_scales_the_mean_gradient_to_the_penaltys_pull():
     o = settings(select=2.0, spread=0.0, lambda0=0.05, gate_mean=1.5)
     g = [torch.randn(2, 30, dtype=torch.float64) * 1e-9 for _ in range(3)]
-    selection, mean = lcdd.Selection(o, g[0]), torch.zeros(2, 30, dtype=torch.float64)
+    selection, mean = Selection(o, g[0]), torch.zeros(2, 30, dtype=torch.float64)
     for grad in g:
         mean = 0.9 * mean + 0.1 * grad
         got = grad.clone()
@@ -258,7 +264,7 @@ def test_spread_evens_out_the_layers_say(spread, sizes):
     """Of two layers, one with 100 times the gradient of the other: ratio of what they are given."""
     o = settings(select=1.0, spread=spread)
     grad = torch.randn(1, 30, dtype=torch.float64).repeat(2, 1) * torch.tensor([[1e-9], [1e-7]])
-    lcdd.Selection(o, grad).rescale(grad, 0, warm=1.0)
+    Selection(o, grad).rescale(grad, 0, warm=1.0)
     small, large = grad.square().mean(1).sqrt()
     assert float(large / small) == pytest.approx(sizes[1] / sizes[0])
     # a scale a layer: each has the penalty's pull
@@ -270,8 +276,8 @@ def test_spread_evens_out_the_layers_say(spread, sizes):
     (1e-3, 0.03, 3e-3), (1e-3, 0.005, 1e-3), (0.0, 0.03, 0.0), (1e-3, None, 1e-3)])
 def test_settling_ends_at_a_tenth_of_the_budget(sure, budget, want, monkeypatch):
     seen = []
-    monkeypatch.setattr(lcdd, "train_delta", lambda *a, **named: seen.append(named["sure"]))
-    monkeypatch.setattr(lcdd, "mean_loss", lambda *a: 0.0)
+    monkeypatch.setattr(training, "train_delta", lambda *a, **named: seen.append(named["sure"]))
+    monkeypatch.setattr(training, "mean_loss", lambda *a: 0.0)
     found = {"budget": budget}
     lcdd.settle(None, fresh()[1], [], settings(sure=sure), None, 0, None, found, None, None)
     assert seen == [pytest.approx(want)]
@@ -282,7 +288,7 @@ def shut_by(logits, grad, share, rate=1.0):
     logits = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     logits.grad = torch.tensor(grad, dtype=torch.float64)
     before = logits.detach() > 0
-    lcdd.hold_back(logits, rate, share)
+    hold_back(logits, rate, share)
     torch.optim.SGD([logits], lr=rate).step()
     return (before & (logits.detach() <= 0)).nonzero().flatten().tolist()
 
@@ -314,14 +320,14 @@ def test_pruning_keeps_the_pace(tmp_path):
 def test_gates_that_need_not_wait_move_as_without_a_pace():
     logits = torch.tensor([0.1, 0.2, 3.0, -0.5], requires_grad=True)
     logits.grad = torch.tensor([1.0, 1.0, 1.0, -2.0])
-    lcdd.hold_back(logits, 1.0, 0.1)
+    hold_back(logits, 1.0, 0.1)
     assert logits.grad.tolist() == [1.0, 0.0, 1.0, -2.0]
 
 
 def test_without_selection_the_gradient_is_the_tasks_own():
     grad = torch.randn(2, 30)
     before = grad.clone()
-    lcdd.Selection(settings(select=0.0), grad).rescale(grad, 0, 1.0)
+    Selection(settings(select=0.0), grad).rescale(grad, 0, 1.0)
     assert torch.equal(grad, before)
 
 
@@ -330,7 +336,7 @@ def test_gates_that_shut_last_open_first():
     flat = c.logits.data.view(-1)
     flat.copy_(torch.linspace(-1, 1, len(flat), dtype=torch.float64))
     was_open = flat > 0
-    more = lcdd.reopen_last(c, 0.1)
+    more = reopen_last(c, 0.1)
     assert more == math.ceil(0.1 * int(was_open.sum()))
     assert torch.equal(flat > 0, torch.arange(len(flat)) >= int((~was_open).sum()) - more)
 
@@ -342,7 +348,7 @@ def test_where_the_budget_is_not_kept_gates_open_again(tmp_path, capsys):
     )
     assert found["reopened"] > 0
     assert not found["within"]
-    assert found["loss"] == pytest.approx(lcdd.mean_loss(net, c, examples(), 0, 8))
+    assert found["loss"] == pytest.approx(training.mean_loss(net, c, examples(), 0, 8))
     assert "above the budget" in capsys.readouterr().out
 
 
@@ -386,7 +392,7 @@ def test_the_papers_stop_follows_its_budget():
 
 
 def test_log_points_of_the_warm_up_do_not_count():
-    early = lcdd.EarlyStop(settings(window=2, patience=1, over=0.5), total=1000)
+    early = EarlyStop(settings(window=2, patience=1, over=0.5), total=1000)
     for _ in range(10):
         assert early.update(1000, 50.0, None) is None             # still warming up
     assert early.points == []
@@ -396,18 +402,18 @@ def test_log_points_of_the_warm_up_do_not_count():
 
 def test_early_stop_when_stalled_but_not_before_pruning_begins():
     o = settings(window=4, patience=3, stall=0.01, over=0.35)
-    early = lcdd.EarlyStop(o, total=1000)
+    early = EarlyStop(o, total=1000)
     assert [early.update(950, 1.0, 1.0) for _ in range(20)] == [None] * 20
-    early = lcdd.EarlyStop(o, total=1000)
+    early = EarlyStop(o, total=1000)
     said = [early.update(500, 1.0, 1.0) for _ in range(7)]
     assert said[:6] == [None] * 6
     assert "stalled" in said[6]        # points 5, 6 and 7 look back over a whole window
-    early = lcdd.EarlyStop(o, total=1000)
+    early = EarlyStop(o, total=1000)
     assert not any(early.update(800 - 10 * k, 1.0, 1.0) for k in range(30))
 
 
 def test_early_stop_when_over_pruned():
-    early = lcdd.EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
+    early = EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
     said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
     assert said.index(next(s for s in said if s)) == 9
     assert "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
@@ -417,14 +423,14 @@ def test_early_stop_when_over_pruned():
 
 def rates_of(phase, o, folder, monkeypatch):
     """AdamW's rate at every step that a phase takes."""
-    rates, adamw = [], lcdd.adamw
+    rates, adamw = [], training.adamw
 
     def watched(*args):
         optimizer = adamw(*args)
         optimizer.register_step_pre_hook(lambda it, *_: rates.append(it.param_groups[0]["lr"]))
         return optimizer
 
-    monkeypatch.setattr(lcdd, "adamw", watched)
+    monkeypatch.setattr(training, "adamw", watched)
     net, c = fresh()
     phase(net, c, examples(), o, folder, 0)
     return rates
@@ -484,8 +490,8 @@ def test_the_rate_grows_as_gates_shut(tmp_path, monkeypatch):
 def test_with_no_gate_open_the_rate_is_finite():
     _, c = fresh()
     c.logits.data.fill_(-1.0)
-    assert lcdd.faster(c, settings(quicken=0.5)) == c.logits.numel() ** 0.5
-    assert lcdd.faster(c, settings(quicken=0.0)) == 1
+    assert faster(c, settings(quicken=0.5)) == c.logits.numel() ** 0.5
+    assert faster(c, settings(quicken=0.0)) == 1
 
 
 def test_a_violation_is_not_clipped_where_the_clip_is_0():
@@ -546,9 +552,9 @@ def test_sft_trains_the_delta_with_open_gates(tmp_path):
     before = [p.clone() for p in net.parameters()]
     ex = examples(8)
     ids, mask = collate(ex, 0)
-    first = lcdd.task_loss(net, c, ids, mask).item()
+    first = training.task_loss(net, c, ids, mask).item()
     lcdd.train_sft(net, c, ex, settings(sft_steps=30, sft_lr=1e-2), tmp_path, 0)
-    assert lcdd.task_loss(net, c, ids, mask).item() < 0.7 * first
+    assert training.task_loss(net, c, ids, mask).item() < 0.7 * first
     assert c.stats()["sparsity"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
@@ -640,14 +646,14 @@ def test_gates_alone_end_within_the_budget(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
     net, c = fresh()
-    calls, gradients = [], lcdd.gradients
+    calls, gradients = [], training.gradients
 
     def poisoned(net, c, *rest):
         calls.append(1)
         if len(calls) == 9:
             c.delta[0]["q_proj"].data[0, 0] = math.nan
         return gradients(net, c, *rest)
-    monkeypatch.setattr(lcdd, "gradients", poisoned)
+    monkeypatch.setattr(training, "gradients", poisoned)
     with pytest.raises(InputError, match="step 9 is nan.*last good state"):
         lcdd.train_lcdd(net, c, examples(), settings(), tmp_path, 0)
     kept = load_file(tmp_path / "state.safetensors")
@@ -659,7 +665,7 @@ def test_a_gradient_that_is_not_finite_is_not_kept_as_a_good_state(tmp_path, mon
     The loss is fine, its gradient is not: the deltas are lost one step before the loss shows it.
     """
     net, c = fresh()
-    calls, gradients = [], lcdd.gradients
+    calls, gradients = [], training.gradients
 
     def poisoned(net, c, *rest):
         calls.append(1)
@@ -667,7 +673,7 @@ def test_a_gradient_that_is_not_finite_is_not_kept_as_a_good_state(tmp_path, mon
         if len(calls) == 8:
             c.delta[0]["q_proj"].grad.fill_(math.nan)
         return loss
-    monkeypatch.setattr(lcdd, "gradients", poisoned)
+    monkeypatch.setattr(training, "gradients", poisoned)
     with pytest.raises(InputError, match="step 9 is nan.*last good state"):
         lcdd.train_lcdd(net, c, examples(), settings(save_every=1), tmp_path, 0)
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "state.safetensors").values())
@@ -675,14 +681,14 @@ def test_a_gradient_that_is_not_finite_is_not_kept_as_a_good_state(tmp_path, mon
 
 @pytest.mark.parametrize("last, file", ((6, "sft"), (12, "carrier")))
 def test_an_interruption_in_the_last_step_loses_nothing(tmp_path, monkeypatch, last, file):
-    clip, calls = lcdd.clip_gradients, []
+    clip, calls = training.clip_gradients, []
 
     def stopping(*a):
         calls.append(1)
         if len(calls) == last:
             signal.raise_signal(signal.SIGTERM)
         clip(*a)
-    monkeypatch.setattr(lcdd, "clip_gradients", stopping)
+    monkeypatch.setattr(training, "clip_gradients", stopping)
     argv = brief(
         "--out", str(tmp_path / "r"), "--sft-steps", "6", "--steps", "4", "--settle", "2",
         "--sure", "0", "--resume")
@@ -713,15 +719,15 @@ def test_sft_ends_soon_after_it_is_sure(tmp_path, monkeypatch, losses, steps):
             p.grad = torch.zeros_like(p)
         return next(told)
 
-    monkeypatch.setattr(lcdd, "gradients", given)
-    found = lcdd.train_delta(
-        net, c, examples(), settings(), tmp_path, 0, "sft", 1e-3, 60, 0, lcdd.adamw(c, 1e-3),
+    monkeypatch.setattr(training, "gradients", given)
+    found = training.train_delta(
+        net, c, examples(), settings(), tmp_path, 0, "sft", 1e-3, 60, 0, training.adamw(c, 1e-3),
         sure=1e-3)
     assert found == steps
 
 
 def test_a_resumed_pruning_answers_no_validation_prompts_again(tmp_path, monkeypatch):
-    update, check = lcdd.Controller.update, lcdd.check_sft
+    update, check = Controller.update, checks.check_sft
     checked = []
 
     def stopping(controller, t, loss):
@@ -732,7 +738,7 @@ def test_a_resumed_pruning_answers_no_validation_prompts_again(tmp_path, monkeyp
     monkeypatch.setattr(lcdd, "check_sft", lambda *a: checked.append(1) or check(*a))
     argv = brief("--out", str(tmp_path / "r"), "--steps", "4", "--resume")
     with monkeypatch.context() as within:
-        within.setattr(lcdd.Controller, "update", stopping)
+        within.setattr(Controller, "update", stopping)
         with pytest.raises(KeyboardInterrupt):
             lcdd.main(argv)
     told = read_json(tmp_path / "r" / "results.json")["validation"]
@@ -743,7 +749,8 @@ def test_a_resumed_pruning_answers_no_validation_prompts_again(tmp_path, monkeyp
 
 def test_a_state_of_another_phase_is_refused(tmp_path):
     net, c = fresh()
-    lcdd.save_state(tmp_path / "state.safetensors", c, lcdd.adamw(c, 1e-3), phase="lcdd", step=3)
+    file, optimizer = tmp_path / "state.safetensors", training.adamw(c, 1e-3)
+    training.save_state(file, c, optimizer, phase="lcdd", step=3)
     with pytest.raises(
         InputError, match="state of another phase, 'lcdd', where 'sft' goes on; remove it"
     ):
@@ -752,9 +759,9 @@ def test_a_state_of_another_phase_is_refused(tmp_path):
 
 def test_batches_are_permutations_and_depend_on_the_step_alone():
     ex = list(range(10))
-    drawn = [lcdd.draw(ex, 4, step, seed=3) for step in range(5)]
+    drawn = [training.draw(ex, 4, step, seed=3) for step in range(5)]
     assert sorted(sum(drawn, [])) == sorted(ex * 2)
-    assert drawn[3] == lcdd.draw(ex, 4, 3, seed=3) != lcdd.draw(ex, 4, 3, seed=4)
+    assert drawn[3] == training.draw(ex, 4, 3, seed=3) != training.draw(ex, 4, 3, seed=4)
 
 
 # ---- presets, files
@@ -1067,10 +1074,11 @@ def test_loss_all_reaches_the_training(tmp_path, monkeypatch):
 
 
 def test_rates_fall_linearly(tmp_path, monkeypatch):
-    made, rates, gradients, adamw = [], [], lcdd.gradients, lcdd.adamw
-    monkeypatch.setattr(lcdd, "adamw", lambda *a: made.append(adamw(*a)) or made[-1])
+    made, rates, gradients, adamw = [], [], training.gradients, training.adamw
+    monkeypatch.setattr(training, "adamw", lambda *a: made.append(adamw(*a)) or made[-1])
     monkeypatch.setattr(
-        lcdd, "gradients", lambda *a: rates.append(made[-1].param_groups[0]["lr"]) or gradients(*a)
+        training, "gradients",
+        lambda *a: rates.append(made[-1].param_groups[0]["lr"]) or gradients(*a)
     )
     net, c = fresh()
     lcdd.train_sft(net, c, examples(), settings(sft_steps=4, sft_lr=0.008), tmp_path, 0)
@@ -1087,7 +1095,7 @@ def test_no_weight_decay():
     before = [p.detach().clone() for p in c.delta.parameters()]
     for p in c.delta.parameters():
         p.grad = torch.zeros_like(p)
-    lcdd.adamw(c, 0.1).step()
+    training.adamw(c, 0.1).step()
     assert all(torch.equal(a, b) for a, b in zip(before, c.delta.parameters()))
 
 
@@ -1095,7 +1103,7 @@ def test_the_clip_bounds_the_gradient_of_the_deltas_alone():
     _, c = fresh()
     for p in c.parameters():
         p.grad = torch.full_like(p, 3.0)
-    lcdd.clip_gradients(c, 0.5)
+    training.clip_gradients(c, 0.5)
     assert float(
         torch.cat([p.grad.flatten() for p in c.delta.parameters()]).norm()
     ) == pytest.approx(0.5, rel=1e-4)
@@ -1104,7 +1112,7 @@ def test_the_clip_bounds_the_gradient_of_the_deltas_alone():
 
 def test_both_phases_clip(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(lcdd, "clip_gradients", lambda c, bound: seen.append(bound))
+    monkeypatch.setattr(training, "clip_gradients", lambda c, bound: seen.append(bound))
     net, c = fresh()
     lcdd.train_sft(net, c, examples(), settings(sft_steps=3, clip=0.7), tmp_path, 0)
     # as train() does, once sft.safetensors is there
@@ -1211,16 +1219,16 @@ def test_the_reference_has_the_floor_too():
 def test_the_mean_is_over_the_tokens_in_the_loss():
     """Nothing predicts the first token: with --loss all, too, it does not count."""
     net, c = fresh()
-    some = lcdd.supervised(examples(6), "all")
+    some = training.supervised(examples(6), "all")
     ids, mask = collate(some, 0)
-    want = float(lcdd.task_loss(net, c, ids, mask).detach()) / int(mask[:, 1:].sum())
-    assert lcdd.gradients(net, c, some, 3, 0) == pytest.approx(want)
+    want = float(training.task_loss(net, c, ids, mask).detach()) / int(mask[:, 1:].sum())
+    assert training.gradients(net, c, some, 3, 0) == pytest.approx(want)
 
 
 def test_batches_of_the_phases_follow_the_seed(tmp_path, monkeypatch):
-    draw, seeds = lcdd.draw, []
+    draw, seeds = training.draw, []
     monkeypatch.setattr(
-        lcdd, "draw",
+        training, "draw",
         lambda examples, size, step, seed: seeds.append(seed) or draw(examples, size, step, seed)
     )
     for seed in (3, 8):
@@ -1239,7 +1247,7 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
     is not.
     """
     losses = iter([1.0, 1.0, 1.0, 9.0, 9.0, 0.5])
-    monkeypatch.setattr(lcdd, "gradients", lambda *a: next(losses))
+    monkeypatch.setattr(training, "gradients", lambda *a: next(losses))
     net, c = fresh()
     o = settings(train="mask-ce", steps=6, warmup=1, beta=0.9, rho=0.3, floor=0.0, log_every=1)
     assert lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)["kept"] == 3

@@ -14,6 +14,7 @@ import evaluate
 import lcdd
 import model
 import paper
+import training
 from carrier import Carrier
 from files import read_jsonl
 
@@ -159,7 +160,7 @@ def test_gate_lengths_are_the_carriers(net):
 
 def test_gradients_of_the_gates_are_the_carriers(net, carrier):
     batch = samples(8)
-    lcdd.gradients(net, carrier, batch, 8, 0)
+    training.gradients(net, carrier, batch, 8, 0)
     delta, m = as_paper(carrier)
     paper.task_loss(net, paper.masked_weights(net, delta, m), batch).backward()
     start = 0

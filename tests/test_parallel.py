@@ -11,6 +11,7 @@ import eraser
 import evaluate
 import lcdd
 import parallel
+import training
 from files import load_tensors, read_json, read_jsonl
 from helpers import ROOT, prompts
 from test_lcdd import examples, fresh, settings, state
@@ -18,7 +19,7 @@ from test_lcdd import examples, fresh, settings, state
 TINY = ["--go-on", "--sft-steps", "8", "--steps", "4", "--settle", "1", "--warmup", "1",
         "--log-every", "1", "--batch", "6", "--micro-batch", "3", "--n-train", "40", "--n-test", "5",
         "--n-trigger", "5", "--n-validation", "5", "--max-new-tokens", "12", "--device", "cpu"]
-START = ("import sys, os, signal, files, lcdd, eraser, evaluate, parallel, test_parallel\n"
+START = ("import sys, os, signal, files, lcdd, eraser, evaluate, parallel, training, test_parallel\n"
          "from run import cli\n")
 
 
@@ -54,7 +55,7 @@ def trajectory(folder):
     o = settings(batch=9, micro_batch=3, settle=4, steps=12, select=0.1, brake=True, pace=0.1, sure=0.01)
     lcdd.train_sft(net, c, examples(), o, folder, 0)
     found = {"sft": state(c)}
-    lcdd.forget(folder / "state.safetensors", folder / "metrics.jsonl", ["sft"])
+    training.forget(folder / "state.safetensors", folder / "metrics.jsonl", ["sft"])
     info = lcdd.train_lcdd(net, c, examples(), o, folder, 0)
     found |= {"lcdd": state(c), "loss": torch.tensor(info["loss"])}
     weights, mask = c.merge(net), c.write_channels()
@@ -160,12 +161,12 @@ def test_torchrun_gives_the_run_of_one_process(tmp_path, alone):
 
 KILLED = """
 import itertools
-count, gradients = itertools.count(1), lcdd.gradients
+count, gradients = itertools.count(1), training.gradients
 def at_a_step(*given):
     if next(count) in (3, 3 + 8) and parallel.number == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return gradients(*given)
-lcdd.gradients = at_a_step
+training.gradients = at_a_step
 def main():
     try:
         lcdd.main([*test_parallel.TINY, "--out", sys.argv[1]])
