@@ -412,10 +412,18 @@ def check(o):
             raise InputError(f"--{name} {least}: has to be at least 1")
 
 
+def check_finished(run):
+    """Raises InputError where lcdd.py has not made a run's carrier."""
+    file = Path(run) / "carrier.safetensors"
+    if not file.is_file():
+        raise InputError(f"{file}: is not there; lcdd.py --out {run} --resume has to finish first")
+
+
 def jobs_of(o, out):
     """{task: [(folder, settings)]}; settings None: the run is trained already."""
     if o.run:
         config, _, _ = reopen(o.run)
+        check_finished(o.run)
         first, runs = config["seed"], [(o.run, None)]
         for seed in range(first + 1, first + o.seeds):
             runs.append((f"{o.run}-seed{seed}", {**config, "seed": seed}))
@@ -437,13 +445,14 @@ def work_in_processes(todo, jobs):
             futures = [pool.submit(work_alone, *job) for job in reversed(todo)]
             wait(futures, return_when=FIRST_EXCEPTION)
             return [f.result() for f in reversed(futures) if f.done()]
-        except (KeyboardInterrupt, InputError, BrokenProcessPool) as stopped:
+        except BrokenProcessPool:
             end(multiprocessing.active_children())
-            if not isinstance(stopped, BrokenProcessPool):
-                raise
             raise InputError(
                 "a run's process was killed, perhaps for want of memory; the same command resumes "
                 "here, with --jobs 1 for less of it") from None
+        except BaseException:           # whatever it is: the other runs would take hours to their end
+            end(multiprocessing.active_children())
+            raise
 
 
 def end(processes, patience=2):
@@ -511,8 +520,8 @@ def gates_of(folders):
     return found
 
 
-def main():
-    o = options()
+def main(argv=None):
+    o = options(argv)
     start, out = time.time(), Path(o.run or o.out or "runs/table")
     check(o)
     o.run = o.run and str(Path(o.run).resolve())
