@@ -350,6 +350,7 @@ def train(o, net, chat, splits, examples, run, tuned):
             training.forget(state, sft_file, ["sft"])
 
     # phase 2: LCDD, from SFT's deltas with gates of its own
+    machine.set_threads(net)
     sft = tuned = None                                  # one set of deltas on the device at a time
     if not carrier_file.is_file():
         lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))

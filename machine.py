@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from parallel import once
 
+MOST = torch.get_num_threads()      # before anything here changes it
 WIDE = 512   # hidden size from which matrix products are what a CPU spends its time on
 GAIN = 1.25  # times as fast as fp32 that bf16 has to be
 
@@ -66,15 +67,14 @@ def set_threads(net, rows=256):
     Choose how many threads compute on a CPU, from one to as many as torch would take: one for a
     model under WIDE, where the barriers of a second one cost more than it computes, else as many as
     are worth it for products of `rows` rows (1: single answers are decoded) on the machine as busy
-    as it is now. A set OMP_NUM_THREADS is the user's own word.
+    as it is now: every phase asks anew. A set OMP_NUM_THREADS is the user's own word.
     """
-    most = torch.get_num_threads()
-    if net.device.type != "cpu" or most == 1:
+    if net.device.type != "cpu" or MOST == 1:
         return
     if net.config.hidden_size < WIDE:
         torch.set_num_threads(1)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(worth_it(most, functools.partial(product_seconds, net, rows)))
+        torch.set_num_threads(worth_it(MOST, functools.partial(product_seconds, net, rows)))
 
 
 def worth_it(most, seconds):

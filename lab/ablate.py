@@ -469,6 +469,7 @@ def end(processes, patience=2):
 
 def start_worker(parent):
     """One thread, and an end where the parent is gone, even killed: nobody would take the result."""
+    os.environ["OMP_NUM_THREADS"] = "1"         # no phase chooses otherwise
     torch.set_num_threads(1)
 
     def watch():

@@ -57,7 +57,7 @@ def test_threads_are_chosen_by_width_and_measured_where_it_is_wide(
     monkeypatch, width, most, word, measured, want
 ):
     chosen, asked = [], []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
+    monkeypatch.setattr(machine, "MOST", most)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(
         machine, "product_seconds", lambda net, rows, n: asked.append(rows) or 1 / n
@@ -71,6 +71,19 @@ def test_threads_are_chosen_by_width_and_measured_where_it_is_wide(
     machine.set_threads(net, rows=3)
     assert chosen == ([want] if want else [])
     assert asked == ([3, 3] if measured else [])
+
+
+def test_one_thread_chosen_on_a_busy_machine_is_not_for_ever(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "MOST", 2)
+    busy, chosen = [True, False], []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(machine, "worth_it", lambda most, seconds: 1 if busy.pop(0) else most)
+    wide = types.SimpleNamespace(
+        device=torch.device("cpu"), config=types.SimpleNamespace(hidden_size=machine.WIDE))
+    machine.set_threads(wide)
+    machine.set_threads(wide)
+    assert chosen == [1, 2]
 
 
 def test_products_are_timed_with_the_threads_asked_for(monkeypatch):
