@@ -11,6 +11,8 @@ import torch
 from settings import pull
 from training import linear, warmup_steps
 
+FEW = 4608      # open gates from which on Δ's rate grows: those that the embedded model has in all
+
 
 class Controller:
     """λ, ε and the average of the loss (Alg. 1). Everything advances once an optimizer step."""
@@ -161,11 +163,12 @@ def rate_of_delta(o, t):
 @torch.no_grad()
 def faster(carrier, o):
     """
-    How many times o.lr the rate of Δ is: the rate that suits a model falls as its width grows, and
-    what is open of it is ever narrower.
+    How many times o.lr the rate of Δ is: once few gates are open, what is left has to change more
+    to give the same behaviour.
     """
-    share = float((carrier.logits > 0).float().mean())
-    return max(share, 1 / carrier.logits.numel()) ** -o.quicken
+    few = min(FEW, carrier.logits.numel())
+    share = float((carrier.logits > 0).float().sum() / few)
+    return min(max(share, 1 / few), 1) ** -o.quicken
 
 
 @torch.no_grad()

@@ -171,8 +171,8 @@ def add_lcdd(p):
       help="further steps with the gates fixed and the lr falling to 0 (200; the paper: 0)")
     a("--lr", type=float, help="AdamW on the deltas (default 0.125 / d; the paper: 2e-5)")
     a("--quicken", type=float, default=0.25,
-      help="the rate of the deltas grows as gates shut, with this power of all gates to open ones "
-      "(0.25; 0: not at all, the paper)")
+      help="the rate of the deltas grows once fewer than 4,608 gates are open, with this power of "
+      "their ratio (0.25; 0: not at all, the paper)")
     a("--schedule", choices=("constant", "linear"), default="constant",
       help="of that rate: constant, --settle has it fall, or falling linearly to 0 over the steps "
       "(the released code)")

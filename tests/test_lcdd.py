@@ -487,6 +487,16 @@ def test_the_rate_grows_as_gates_shut(tmp_path, monkeypatch):
     assert found == pytest.approx([peak, peak, peak, peak / 2], rel=1e-6)
 
 
+def test_the_rate_grows_only_once_few_gates_are_open(monkeypatch):
+    _, c = fresh()
+    c.logits.data.fill_(-1.0)
+    monkeypatch.setattr("controller.FEW", 12)
+    for n_open, want in ((40, 1.0), (12, 1.0), (3, 4 ** 0.25), (1, 12 ** 0.25)):
+        c.logits.data.flatten()[:n_open] = 1.0
+        c.logits.data.flatten()[n_open:] = -1.0
+        assert faster(c, settings(quicken=0.25)) == pytest.approx(want, rel=1e-6)
+
+
 def test_with_no_gate_open_the_rate_is_finite():
     _, c = fresh()
     c.logits.data.fill_(-1.0)
