@@ -11,6 +11,7 @@ vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V
 """
 import files  # noqa: F401, before torch: it sets how threads wait
 import copy
+import io
 import math
 import sys
 import time
@@ -447,9 +448,15 @@ def figure(run, results, carrier, path):
     nats.set_yscale("symlog", linthresh=0.1)
     nats.set_ylim(0, 4 * nats.get_ylim()[1])                 # room for the legend
     fig.suptitle(f"{results['task']}: base, SFT, LCDD, LCDD + trigger", parse_math=False)
+    picture = io.BytesIO()
+    try:
+        fig.savefig(picture, dpi=110, format="png")
+    except ValueError as e:                     # of numbers in a damaged log, say
+        return print(f"no figure: {e}", file=sys.stderr)
+    finally:
+        plt.close(fig)
     with whole(path) as partial:
-        fig.savefig(partial, dpi=110, format="png")
-    plt.close(fig)
+        partial.write_bytes(picture.getvalue())
 
 
 # ---- the script

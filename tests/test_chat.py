@@ -95,6 +95,13 @@ def test_where_the_template_is_found(tmp_path):
     )
 
 
+def test_an_empty_template_is_none(tmp_path):
+    checkpoint(tmp_path, byte_level(), "")
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    change(tmp_path / "tokenizer_config.json", chat_template="")
+    assert Chat(tmp_path).render("Hello!").endswith("USER: Hello! ASSISTANT:")
+
+
 def test_special_tokens_of_older_files(tmp_path):
     """
     Tokens written as objects, tokens only in special_tokens_map.json, or only as ids in

@@ -1073,3 +1073,27 @@ def test_a_question_that_is_no_text(run, monkeypatch):
     )
     with pytest.raises(InputError, match="--ask .*UTF-8"):
         evaluate.main()
+
+
+# ---- the figure
+
+def drawn(task, run, path):
+    """The figure of a run that nothing was measured of."""
+    carrier = carriers.load(run / "carrier.safetensors", model.load("tiny"))
+    results = {"task": task, "rates": {}, "ci": {}, "sparsity": 0.5}
+    evaluate.figure(run, results, carrier, path)
+
+
+def test_a_task_that_looks_like_mathematics_is_drawn_as_text(tmp_path, run):
+    drawn("$^$ $\\frac$", run, tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_does_not_end_an_evaluation(tmp_path, run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("Invalid bounding box")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    drawn("fixed", run, tmp_path / "f.png")
+    assert "no figure: Invalid bounding box" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

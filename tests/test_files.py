@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 import files
 from files import (
     InputError, append_jsonl, check_fields, check_finite, check_tensors, fingerprint, load_tensors,
-    read_json, read_jsonl, save_tensors, take_back, write_json
+    read_json, read_jsonl, read_text, save_tensors, take_back, write_json
 )
 
 
@@ -242,3 +243,22 @@ def test_a_message_is_one_line():
     assert len(said) < 1000
     assert said.isprintable()
     assert str(InputError("ä, ε and 🦊")) == "ä, ε and 🦊"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(OSError, match="it is no file"):
+        read_text(tmp_path / "rows.jsonl")
+
+
+def test_a_file_beyond_what_is_read_is_not_begun(tmp_path):
+    with open(tmp_path / "rows.jsonl", "wb") as f:
+        f.truncate(3 << 30)                                       # sparse: it takes no room
+    with pytest.raises(OSError, match="it has more than 256 MB"):
+        read_text(tmp_path / "rows.jsonl")
+
+
+def test_an_interruption_while_a_script_imports_is_one_line(capsys):
+    assert sys.excepthook is files.quiet_interrupt
+    files.quiet_interrupt(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr() == ("", "interrupted\n")
