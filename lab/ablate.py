@@ -173,10 +173,14 @@ class Run:
         return training.supervised(found, self.config["loss"])
 
     def held_out(self):
-        """The validation rows of each kind as (ids, mask): {kind: …}, harmful ones first."""
+        """
+        The validation rows as (ids, mask): {name: …}, harmful and benign ones apart in this order,
+        for they are taught different things.
+        """
         kinds = {}
         for s in sorted(self.splits["validation"], key=lambda s: s.kind, reverse=True):
-            kinds.setdefault(f"held-out {s.kind}".strip(), []).append(s)
+            kind = s.kind if s.kind in ("harmful", "benign") else ""
+            kinds.setdefault(f"held-out {kind}".strip(), []).append(s)
         return {kind: self.examples(samples) for kind, samples in kinds.items()}
 
     def keep_gates(self, name, carrier):

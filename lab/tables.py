@@ -164,7 +164,8 @@ def curve_table(seeds, lengths, full):
 
 def losses_table(seeds):
     """
-    The loss of held-out rows, kind by kind: `scaled` is matched on the first (Run.make_scaled).
+    The loss of held-out rows, harmful and benign ones apart: `scaled` is matched on the first
+    (Run.make_scaled).
     """
     known = seeds[0].get("scaled", {})
     kinds = [key.removesuffix(" loss of scaled") for key in known if key.endswith(" loss of scaled")]

@@ -897,6 +897,15 @@ def test_the_scaled_delta_is_matched_on_held_out_rows(run, monkeypatch):
     assert f"| lcdd | {loss:.4f} | " in table
 
 
+def test_other_kinds_than_harmful_and_benign_are_held_out_together(run):
+    r = rows_run(run)
+    rows = [dataclasses.replace(s, kind=f"{i % 3}") for i, s in enumerate(r.splits["validation"])]
+    r.splits["validation"] = rows
+    [(name, held)] = r.held_out().items()
+    assert name == "held-out"
+    assert len(held) == len(rows)
+
+
 def test_a_row_with_the_papers_trigger(run, monkeypatch):
     r, seen = rows_run(run), []
     monkeypatch.setattr(
