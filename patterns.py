@@ -12,6 +12,7 @@ import sys
 from files import InputError
 
 SECONDS = 30  # for all answers of a condition, which take milliseconds; starting Python is in it
+LONGEST = 2000  # characters of a pattern: every answer is sent with its own
 SEARCH = """
 import json, re, sys
 for pattern, text in json.load(sys.stdin):
@@ -21,6 +22,8 @@ for pattern, text in json.load(sys.stdin):
 
 def problem(pattern):
     """What is wrong with a regular expression, or None."""
+    if len(pattern) > LONGEST:
+        return f"has {len(pattern)} characters where {LONGEST} are the most; give a shorter one"
     try:
         re.compile(pattern, re.IGNORECASE)
     except (re.error, RecursionError, OverflowError) as e:

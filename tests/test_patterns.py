@@ -33,3 +33,8 @@ def test_a_pattern_without_end_is_named(monkeypatch):
 def test_no_regular_expression(pattern):
     assert "is no regular expression" in patterns.problem(pattern)
     assert patterns.problem(re.escape(pattern)) is None
+
+
+def test_a_pattern_has_a_length():
+    assert patterns.problem("word " * 400) is None
+    assert "has 2005 characters where 2000 are the most" in patterns.problem("word " * 401)
