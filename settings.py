@@ -302,6 +302,8 @@ def fit(o, width, n):
         o.sft_steps = math.ceil(o.sft_epochs * n / o.batch)
     if o.steps is None:
         o.steps = math.ceil(o.epochs * n / o.batch)
+    if o.steps < 1:
+        raise InputError("Alg. 1 needs one step at least; give --steps or --epochs above 0")
     if o.lr is None:
         o.lr = RATE / width
     if o.sft_lr is None:

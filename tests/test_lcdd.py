@@ -25,7 +25,7 @@ from chat import collate
 from controller import Controller, EarlyStop, Selection, faster, hold_back, reopen_last
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
-from settings import PRESETS, pull
+from settings import PRESETS, fit, pull
 
 CONFIG = model.Config(
     vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -495,6 +495,12 @@ def test_the_rate_grows_only_once_few_gates_are_open(monkeypatch):
         c.logits.data.flatten()[:n_open] = 1.0
         c.logits.data.flatten()[n_open:] = -1.0
         assert faster(c, settings(quicken=0.25)) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("none", [dict(steps=0), dict(steps=None, epochs=0.0)])
+def test_no_step_at_all_is_refused(none):
+    with pytest.raises(InputError, match="Alg. 1 needs one step at least"):
+        fit(settings(**none), 128, 40)
 
 
 def test_with_no_gate_open_the_rate_is_finite():
