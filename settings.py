@@ -282,6 +282,11 @@ def check(o):
 
 def check_bounds(o):
     """Raises InputError for options that contradict each other."""
+    if o.quicken > 1:
+        raise InputError(f"--quicken {o.quicken}: is a power from 0 to 1")
+    if abs(o.gate_mean) > 20:
+        raise InputError(f"--gate-mean {o.gate_mean}: is a logit, from -20 to 20; a gate further off "
+                         "has no slope that could move it")
     if o.beta >= 1 or o.lambda_min > o.lambda_max:
         raise InputError(f"--beta {o.beta} has to be below 1, and --lambda-min {o.lambda_min} "
                          f"not above --lambda-max {o.lambda_max}")
@@ -308,6 +313,8 @@ def fit(o, width, n):
         o.lr = RATE / width
     if o.sft_lr is None:
         o.sft_lr = RATE / width
+    if o.gate_lr is None and not pull(o):
+        raise InputError("--lambda0 0: no penalty pulls at a gate; give one above 0, or --gate-lr")
     if o.gate_lr is None:
         distance = max(0.1, abs(o.gate_mean))
         o.gate_lr = distance / (pull(o) * max(1, HALF_WAY * o.steps))

@@ -503,6 +503,18 @@ def test_no_step_at_all_is_refused(none):
         fit(settings(**none), 128, 40)
 
 
+def test_a_rate_of_the_gates_needs_a_pull():
+    with pytest.raises(InputError, match="--lambda0 0: no penalty pulls at a gate"):
+        fit(settings(lambda0=0.0, gate_lr=None), 128, 40)
+    assert fit(settings(lambda0=0.0, gate_lr=1.0), 128, 40).gate_lr == 1.0
+
+
+@pytest.mark.parametrize("option", ["--quicken=1.5", "--gate-mean=30", "--gate-mean=-30"])
+def test_numbers_that_no_run_could_use_are_refused(option):
+    with pytest.raises(InputError, match=option.replace("=", " ")):
+        lcdd.options([option])
+
+
 def test_with_no_gate_open_the_rate_is_finite():
     _, c = fresh()
     c.logits.data.fill_(-1.0)
