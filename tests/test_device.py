@@ -12,10 +12,10 @@ import functools
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -33,7 +33,6 @@ import training
 from files import read_json, write_json
 from lab import ablate, bench
 
-ROOT = Path(__file__).parent.parent
 aten = torch.ops.aten
 # may lie on the CPU
 INDICES = {
