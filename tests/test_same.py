@@ -53,12 +53,15 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, threads, count):
     for name in ("sft", "carrier", "trigger"):
         # not the files' bytes: safetensors writes the fields of a header in any order
         (first, header), (second, other) = (load_tensors(run / f"{name}.safetensors") for run in runs)
-        assert first.keys() == second.keys() and header == other, name
+        assert first.keys() == second.keys(), name
+        assert header == other, name
         assert all(torch.equal(first[key], second[key]) for key in first), name
     logs = [list(map(without_seconds, read_jsonl(run / "metrics.jsonl"))) for run in runs]
-    assert len(logs[0]) > 10 and logs[0] == logs[1]
+    assert len(logs[0]) > 10
+    assert logs[0] == logs[1]
     results = [without_seconds(read_json(run / "results.json")) for run in runs]
-    assert "kl_own" in results[0] and results[0] == results[1]
+    assert "kl_own" in results[0]
+    assert results[0] == results[1]
 
 
 def test_another_seed_gives_others(tmp_path):
@@ -91,7 +94,8 @@ def test_a_run_says_what_it_was_made_with(run):
     assert config["data_fingerprint"] == fingerprint(ROOT / "tiny" / "fixed.jsonl")
     assert len(config["base_fingerprint"]) == 16
     made = config["made"]
-    assert shlex.split(made["command"])[:3] == ["python", "lcdd.py", "--go-on"] and made["processes"] == 1
+    assert shlex.split(made["command"])[:3] == ["python", "lcdd.py", "--go-on"]
+    assert made["processes"] == 1
     assert made["threads"] == torch.get_num_threads()
     asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
