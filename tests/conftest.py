@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import brief
 
+import evaluate
 import lcdd
 
 # a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """evaluate.py without its figure, which takes longer than all the rest of a small run."""
+    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -198,13 +198,14 @@ class Forked:
     def __init__(self, folder, function, *args, **environment):
         self.texts = folder / "output", folder / "errors"
         folder.mkdir(exist_ok=True)
-        self.process = FORKS.Process(
-            target=forked, args=(self.texts, environment, function, args), daemon=True)
+        self.process = FORKS.Process(target=forked, args=(self.texts, environment, function, args))
         self.process.start()
 
     def end(self, timeout=300):
-        """Wait for it: (exit status, output, errors)."""
+        """Wait for it, no longer than that: (exit status, output, errors)."""
         self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
         return self.process.exitcode, *(text.read_text() for text in self.texts)
 
 

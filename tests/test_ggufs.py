@@ -474,7 +474,7 @@ def test_as_the_folder_of_a_checkpoint(tmp_path):
 
 # ---- everything else works
 
-def test_train_evaluate_export(tmp_path, capsys):
+def test_train_evaluate_export(tmp_path, capsys, undrawn):
     """
     lcdd.py, evaluate.py and export.py on a GGUF base; transformers and peft read what they write.
     """

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def commands(run, resume=False):
                      "--batch", "4", "--device", "cpu"])
     except lcdd.Failed:
         pass                                                        # so few steps move nothing
-    evaluate.main(["--run", str(run), "--device", "cpu"])
+    with mock.patch.object(evaluate, "figure"):                     # drawing takes a second
+        evaluate.main(["--run", str(run), "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
