@@ -1,3 +1,4 @@
+import gc
 import shutil
 
 import pytest
@@ -9,6 +10,12 @@ import lcdd
 
 # a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: Python need not look for garbage in it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
