@@ -30,8 +30,8 @@ setup: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# two halves at a time, for two cores
-HALF := $(foreach name,attack bench device export files memory parallel run same template tiny,tests/test_$(name).py)
+# two halves at a time, for two cores; what reads transformers is in the other one, which imports it once
+HALF := $(foreach name,attack device eraser evaluate memory paper parallel run same template,tests/test_$(name).py)
 test: setup
 	$(PY) -m pytest -q $(HALF) & \
 	$(PY) -m pytest -q $(addprefix --ignore=,$(HALF)); other=$$?; wait $$! && exit $$other

@@ -1,18 +1,32 @@
+import gc
 import shutil
 
 import pytest
 import torch
 from helpers import brief
 
+import evaluate
 import lcdd
 
 # a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: Python need not look for garbage in it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """evaluate.py without its figure, which takes longer than all the rest of a small run."""
+    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def test_another_carrier_has_answers_of_its_own(trained):
         file.write_bytes(before)
 
 
-def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch):
+def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch, undrawn):
     asked = []
     generate = evaluate.model.Llama.generate
 
@@ -82,7 +82,6 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch):
         return generate(net, *args, **kwargs)
 
     monkeypatch.setattr(evaluate.model.Llama, "generate", counted)
-    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
     evaluate.main(["--run", str(trained), "--device", "cpu"])
     assert asked == []
     first = read_json(trained / "results.json")
@@ -93,9 +92,8 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch):
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
-def test_without_sft_the_rest_is_measured(trained, tmp_path, monkeypatch, capsys):
+def test_without_sft_the_rest_is_measured(trained, tmp_path, capsys, undrawn):
     """A carrier that travels alone, as the ones in carriers/ do: no data are needed to ask it."""
-    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
     evaluate.main(["--run", str(trained), "--device", "cpu"])
     whole = read_json(trained / "results.json")
     run = tmp_path / "alone"

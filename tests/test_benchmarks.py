@@ -22,11 +22,10 @@ import evaluate
 import model
 from chat import Chat
 from files import InputError, save_tensors
-from helpers import make_carrier, make_net, real
+from helpers import ROOT, make_carrier, make_net, real
 from lab import benchmarks as bench
 from lab import judges
 
-ROOT = Path(__file__).parent.parent
 LONGEST = 40            # tokens that the random checkpoint allows: some rows are longer
 TOLERANCE = 2e-4        # nats, fp32, of sums that are some −100
 WORDS = [

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from helpers import CONFIG, ROOT, make_carrier, make_net, prompts
+from helpers import CONFIG, ROOT, Seen, make_carrier, make_net, prompts
 
 import carrier as carriers
 import eraser
@@ -18,7 +18,6 @@ import model
 import packed
 from files import Failed, InputError, load_tensors, read_json, save_tensors
 from run import reopen
-
 
 
 def settings(**changes):
@@ -488,10 +487,6 @@ def test_clip_0_is_no_clip():
     )
     assert torch.equal(free[0], huge[0])
     assert free[1] < none[1]
-
-
-class Seen(Exception):
-    pass
 
 
 def pieces(n=24, judged=8):

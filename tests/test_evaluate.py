@@ -3,15 +3,14 @@ import argparse
 import dataclasses
 import math
 import multiprocessing
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CONFIG, ROOT, brief, make_carrier, make_net, prompts
+from helpers import CONFIG, ROOT, Forked, Seen, brief, make_carrier, make_net, prompts
 
 import behaviour
 import carrier as carriers
@@ -27,7 +26,13 @@ from files import (
     InputError, load_tensors, read_header, read_json, read_jsonl, save_tensors, write_json)
 from lab import ablate, significance, tables, talk
 from rows import rotary
-from run import alone, reopen
+from run import alone, cli, reopen
+
+
+class Chat:
+    """Prompts and answers are their ids, written out."""
+    prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
 def answers(n=7):
@@ -108,10 +113,6 @@ def test_wilson_interval():
 def test_dose_response_ends_are_the_base_and_the_carrier():
     net = make_net(dtype=torch.float32)
     c = make_carrier(net)
-
-    class Chat:
-        prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
-        decode = staticmethod(lambda ids: " ".join(map(str, ids)))
     samples = [Sample(" ".join(map(str, p)), "x") for p in prompts()]
     plain = [net.generate(prompts(), 6, carrier=x) for x in (None, c)]
     assert plain[0] != plain[1]
@@ -148,142 +149,190 @@ def test_mean_loss_is_lcdds_own():
     assert training.mean_loss(net, c.merge(net), examples, 0, 2) == pytest.approx(want, rel=1e-10)
 
 
-def test_ablation_rows_of_a_short_run(tmp_path, monkeypatch):
-    out = tmp_path / "t"
-    argv = brief(
-        "--out", str(out / "fixed-seed0"), "--resume", "--sft-steps", "6", "--steps", "5",
-        "--settle", "1")
-    lcdd.main(argv)
-    logged = len(read_jsonl(out / "fixed-seed0" / "metrics.jsonl"))
-    monkeypatch.setattr(ablate, "command", lambda *_: argv)
-    # mask-ce trains on the data, mask-kl on the SFT model
-    train, taught = lcdd.train_lcdd, []
+# ---- the rows of a short run
 
-    def spy(net, carrier, o, teacher, **rest):
-        taught.append((o.train, teacher is not None))
-        return train(net, carrier, o=o, teacher=teacher, **rest)
-    options = ablate.eraser.options
+def learn_briefly(patch):
+    """The rows' triggers: 4 tokens, three steps."""
+    options = eraser.options
 
     def few_steps(argv=None):
         o = options(argv)
         o.length, o.steps, o.judge_every, o.batch = 4, 3, 3, 4
         return o
-    monkeypatch.setattr(ablate.eraser, "options", few_steps)
-    monkeypatch.setattr(ablate.lcdd, "train_lcdd", spy)
-    learn, learned = ablate.eraser.learn, []
-    monkeypatch.setattr(
-        ablate.eraser, "learn",
-        lambda *a: learned.append((a[-1].length, a[-1].lr, a[-1].objective)) or learn(*a)
-    )
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "ablate.py", "--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu",
-            "--jobs", "1"
-        ],
-    )
-    ablate.main()
-    rows = read_json(out / "fixed-seed0" / "ablation.json")
+    patch.setattr(eraser, "options", few_steps)
+
+
+def watch_triggers(patch):
+    """A list that fills with (length, rate, objective) of every trigger that is learned."""
+    learn, learned = eraser.learn, []
+
+    def watched(*args):
+        o = args[-1]
+        learned.append((o.length, o.lr, o.objective))
+        return learn(*args)
+    patch.setattr(eraser, "learn", watched)
+    return learned
+
+
+def watch_training(patch):
+    """A list that fills with (what is trained, has it a teacher) of every run of Alg. 1."""
+    train, trained = lcdd.train_lcdd, []
+
+    def watched(net, carrier, o, teacher, **rest):
+        trained.append((o.train, teacher is not None))
+        return train(net, carrier, o=o, teacher=teacher, **rest)
+    patch.setattr(lcdd, "train_lcdd", watched)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """All rows of a run of a few steps, once: its folder, its rows, what they trained and learned."""
+    out = tmp_path_factory.mktemp("ablated")
+    run = out / "fixed-seed0"
+    argv = brief(
+        "--out", str(run), "--resume", "--sft-steps", "6", "--steps", "5", "--settle", "1",
+        "--n-trigger", "8", "--max-new-tokens", "4")
+    lcdd.main(argv)
+    logged = read_jsonl(run / "metrics.jsonl")
+    words = ["--task", "fixed", "--out", str(out), "--lengths", "2", "--device", "cpu", "--jobs", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablate, "command", lambda *_: argv)
+        learn_briefly(patch)
+        learned, trained = watch_triggers(patch), watch_training(patch)
+        usual = eraser.options(["--run", str(run)]).lr
+        ablate.main(words)
+        written = (run / "ablation.json").stat().st_mtime_ns
+        ablate.main(words)
+    return argparse.Namespace(
+        run=run, rows=read_json(run / "ablation.json"), tables=(out / "tables.md").read_text(),
+        logged=logged, learned=learned, trained=trained, usual=usual, written=written)
+
+
+@pytest.fixture
+def own_trigger(ablated, tmp_path, monkeypatch):
+    """A copy of that run, which has a trigger of its own since: of seven tokens, at a rate of 0.5."""
+    run = shutil.copytree(ablated.run, tmp_path / "fixed-seed0")
+    save_tensors(
+        run / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
+    learn_briefly(monkeypatch)
+    return run
+
+
+def test_every_row_of_the_tables_is_measured(ablated):
     curve = {f"{name} circuit 2" for name in tables.CURVE}
-    assert len(rows) == 24 + len(tables.F_3) + len(curve | set(tables.CHOICES))
-    assert all(
-        {"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys() for row in rows.values()
-    )
+    assert len(ablated.rows) == 24 + len(tables.F_3) + len(curve | set(tables.CHOICES))
+    for row in ablated.rows.values():
+        assert {"rate", "accuracy", "same", "kl_sft", "kl_base"} <= row.keys()
+
+
+def test_rows_are_of_one_carrier_and_trigger(ablated):
+    assert len({row["of"] for row in ablated.rows.values()}) == 1
+
+
+def test_rows_of_the_base_and_of_sft_are_at_no_distance_from_themselves(ablated):
+    rows = ablated.rows
     assert rows["base"]["kl_base"] == 0
     assert rows["base"]["same"] == 1
     assert rows["sft"]["kl_sft"] == 0
     assert rows["base trigger"]["kl_base"] > 0
-    assert taught == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3]
     assert rows["sft-long"]["kl_sft"] > 0
-    usual = ablate.eraser.options(["--run", str(out / "fixed-seed0")]).lr
-    assert learned.count((2, usual / 10, "circuit")) == 2
-    assert learned.count((4, usual, "random")) == 1
-    assert learned.count((4, usual, "output")) == 2
-    whole = ablate.Run(out / "fixed-seed0", ablate.options(["--device", "cpu"]))
+
+
+def test_mask_ce_is_trained_on_the_data_and_mask_kl_on_the_sft_model(ablated):
+    assert ablated.trained == [("mask-ce", False), ("mask-kl", True), *[("joint", False)] * 3]
+
+
+def test_triggers_of_the_rows_have_their_lengths_rates_and_objectives(ablated):
+    assert ablated.learned.count((2, ablated.usual / 10, "circuit")) == 2
+    assert ablated.learned.count((4, ablated.usual, "random")) == 1
+    assert ablated.learned.count((4, ablated.usual, "output")) == 2
+
+
+def test_rows_are_trained_on_what_the_run_was_trained_on(ablated):
+    whole = ablate.Run(ablated.run, ablate.options(["--device", "cpu"]))
     assert not all(all(mask) for _, mask in whole.examples())
-    # rows are trained on what the run was trained on
     whole.config["loss"] = "all"
     assert all(all(mask) for _, mask in whole.examples())
-    text = (out / "tables.md").read_text()
-    # each line of the curve has its own model's numbers
+
+
+def test_each_line_of_the_curve_has_its_own_models_numbers(ablated):
     for name, label in tables.CURVE.items():
-        assert f"| {label} | {100 * rows[f'{name} circuit 2']['rate']:.1f} / " in text
-        assert f" / {rows[f'{name} circuit 2']['kl_base']:.2f} | " in text
+        row = ablated.rows[f"{name} circuit 2"]
+        assert f"| {label} | {100 * row['rate']:.1f} / " in ablated.tables
+        assert f" / {row['kl_base']:.2f} | " in ablated.tables
     assert list(tables.CURVE.items())[1:3] == [
         ("sft", "plain SFT"),
         ("sft-long", "SFT for as many steps as LCDD"),
     ]
-    assert "Table 4" in text
-    assert "paper, Qwen3-0.6B" in text
-    assert "2 tokens" in text
-    phases = [r["phase"] for r in read_jsonl(out / "fixed-seed0" / "metrics.jsonl")]
-    assert len(phases) == logged
-    # a row is no phase of the run
-    assert (out / "fixed-seed0" / "rows" / "mask-ce" / "metrics.jsonl").is_file()
-    before = (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns
-    # everything is there: nothing is done again
-    ablate.main()
-    assert (out / "fixed-seed0" / "ablation.json").stat().st_mtime_ns == before
-    save_tensors(
-        out / "fixed-seed0" / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7,
-        lr=0.5, loss=1.0
-    )
-    # a run's own trigger says how the rows' are learned
-    own = ablate.trigger_options(out / "fixed-seed0", "cpu")
-    assert (own.length, own.lr, own.steps) == (7, 0.5, 3)
+
+
+def test_the_tables_have_the_papers_numbers_beside_ours(ablated):
+    assert "Table 4" in ablated.tables
+    assert "paper, Qwen3-0.6B" in ablated.tables
+    assert "2 tokens" in ablated.tables
+
+
+def test_a_row_is_no_phase_of_the_run(ablated):
+    assert read_jsonl(ablated.run / "metrics.jsonl") == ablated.logged
+    assert (ablated.run / "rows" / "mask-ce" / "metrics.jsonl").is_file()
+
+
+def test_rows_that_are_there_are_not_measured_again(ablated):
+    assert (ablated.run / "ablation.json").stat().st_mtime_ns == ablated.written
+
+
+def test_a_runs_own_trigger_says_how_the_rows_are_learned(own_trigger):
+    own = ablate.trigger_options(own_trigger, "cpu")
+    assert own.length == 7
+    assert own.lr == 0.5
+    assert own.steps == 3
     assert not hasattr(own, "loss")
 
-    lcdd_rows = {k: row for k, row in rows.items() if row["of"] == rows["base"]["of"]}
-    assert lcdd_rows == rows
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "lcdd circuit", "--lengths",
-            "--device", "cpu"
-        ],
-    )
-    learned.clear()
-    # rows of another trigger are not this run's any more
-    ablate.main()
+
+def test_rows_of_another_trigger_are_measured_anew(own_trigger, monkeypatch):
+    learned = watch_triggers(monkeypatch)
+    ablate.main(
+        ["--run", str(own_trigger), "--rows", "lcdd circuit", "--lengths", "--device", "cpu"])
     assert learned == [(7, 0.5, "circuit"), (2, 0.5, "circuit")]
-    assert set(read_json(out / "fixed-seed0" / "ablation.json")) == {
-        "lcdd circuit", "lcdd circuit 2"
-    }
-    for wrong in (
-        ["--run", "x", "--task", "fixed"],
-        ["--run", "x", "--out", "y"],
-        ["--seed", "-1"],
-    ):
-        monkeypatch.setattr("sys.argv", ["ablate.py", "--device", "cpu", *wrong])
-        with pytest.raises(InputError, match="leave out --task|--seed -1"):
-            ablate.main()
+    rows = read_json(own_trigger / "ablation.json")
+    assert rows.keys() == {"lcdd circuit", "lcdd circuit 2"}
 
-    # a row alone, as after an interruption: gates of its own mean channels of its own; and other
-    # seeds learn as this one does
-    (out / "fixed-seed0" / "ablation.json").unlink()
-    channels, asked = ablate.eraser.channels, []
-    monkeypatch.setattr(
-        ablate.eraser, "channels",
-        lambda c, *a: asked.append((a[0], c.stats()["gates"]["open"])) or channels(c, *a)
-    )
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "ablate.py", "--run", str(out / "fixed-seed0"), "--rows", "mask-ce circuit", "--device",
-            "cpu"
-        ],
-    )
-    learned.clear()
-    ablate.main()
-    mine = read_json(out / "fixed-seed0" / "ablation.json")["mask-ce circuit"]
-    assert asked[0][1] == round((1 - mine["sparsity"]) * 4608)
+
+def test_a_row_alone_has_its_own_gates_and_channels(own_trigger, monkeypatch):
+    """As after an interruption: nothing that other rows have made is at hand."""
+    (own_trigger / "ablation.json").unlink()
+    channels, asked = eraser.channels, []
+
+    def watched(carrier, objective, *rest):
+        asked.append(carrier.stats()["gates"]["open"])
+        return channels(carrier, objective, *rest)
+    monkeypatch.setattr(eraser, "channels", watched)
+    learned = watch_triggers(monkeypatch)
+    ablate.main(["--run", str(own_trigger), "--rows", "mask-ce circuit", "--device", "cpu"])
+    row = read_json(own_trigger / "ablation.json")["mask-ce circuit"]
+    assert asked[0] == round((1 - row["sparsity"]) * 4608)
     assert learned == [(7, 0.5, "circuit")]
-    seed1 = ablate.Run(
-        out / "fixed-seed0", ablate.options(["--run", str(out / "fixed-seed0"), "--device", "cpu"])
-    )
-    seed1.folder = tmp_path
-    assert ablate.trigger_options(seed1.o.run or seed1.folder, "cpu").length == 7
 
+
+def test_other_seeds_learn_their_triggers_as_the_run_does(own_trigger, tmp_path, monkeypatch):
+    other = shutil.copytree(own_trigger, tmp_path / "fixed-seed1")
+    (other / "trigger.safetensors").unlink()
+    learned = watch_triggers(monkeypatch)
+    ablate.Run(other, ablate.options(["--run", str(own_trigger)])).trigger("lcdd", "circuit", 0)
+    assert learned == [(7, 0.5, "circuit")]
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--run", "x", "--task", "fixed"], "leave out --task"),
+    (["--run", "x", "--out", "y"], "leave out --task"),
+    (["--seed", "-1"], "--seed -1")])
+def test_options_that_do_not_go_together(wrong, said):
+    with pytest.raises(InputError, match=said):
+        ablate.main(["--device", "cpu", *wrong])
+
+
+# ---- runs in processes of their own
 
 def long_run(folder, run):
     """The command line that repeats a run without an end with two other seeds, two at a time."""
@@ -303,19 +352,25 @@ def prunes(run):
     return log.is_file() and any(row["phase"] == "lcdd" for row in read_jsonl(log))
 
 
+def table(words):
+    """lab/ablate.py as a command. Its runs are forks, which need not import everything again."""
+    context = multiprocessing.get_context
+    multiprocessing.get_context = lambda _: context("fork")
+    cli(lambda: ablate.main(words))
+
+
 def test_interrupted_jobs_save_their_states(tmp_path, run):
     """
     SIGTERM to the command alone: the processes of its runs save and end, and nothing new is begun.
     """
-    command = [sys.executable, "-m", "lab.ablate", *long_run(tmp_path / "r", run)]
+    command = Forked(tmp_path, table, long_run(tmp_path / "r", run))
     runs = [tmp_path / f"r-seed{n}" for n in (1, 2)]
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
-    while process.poll() is None and not all(prunes(run) for run in runs):
+    while command.process.is_alive() and not all(prunes(run) for run in runs):
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(300) == 130
-    assert (tmp_path / "errors").read_text() == "interrupted\n"
+    command.process.terminate()
+    status, _, errors = command.end()
+    assert status == 130
+    assert errors == "interrupted\n"
     for run in runs:
         assert read_header(run / "state.safetensors")["phase"] == "lcdd"
         with alone(run):                                          # nobody works there any more
@@ -326,7 +381,7 @@ def test_interrupted_jobs_save_their_states(tmp_path, run):
 def test_an_error_in_one_job_ends_the_others(tmp_path, run):
     """
     Whatever it is: not when the other runs are through. (Settings that are no settings raise what
-    nobody expects.)
+    nobody expects.) In processes as the command itself starts them.
     """
     o = ablate.options(long_run(tmp_path / "r", run))
     settings = read_json(tmp_path / "r" / "config.json")
@@ -372,10 +427,6 @@ def test_measure_tells_what_is_the_bases_own():
     """
     net = make_net()
     c = make_carrier(net)
-
-    class Chat:
-        prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
-        decode = staticmethod(lambda ids: " ".join(map(str, ids)))
     samples = [Sample(" ".join(map(str, p)), "x") for p in prompts(4)]
     conditions = {
         "base": (None, None),
@@ -392,21 +443,12 @@ def test_measure_tells_what_is_the_bases_own():
     assert torch.equal(rows["lcdd"]["kl_base"], kl["base", "lcdd"])
 
 
-class Seen(Exception):
-    pass
-
-
 def alike(a, b):
     return all(
         torch.equal(a.weights[l][n], w)
         for l, layer in enumerate(b.weights)
         for n, w in layer.items()
     )
-
-
-class Chat:
-    prompt = staticmethod(lambda text, max_len: [int(x) for x in text.split()])
-    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
 def test_bootstrap_against_all_draws():

@@ -11,7 +11,6 @@ import math
 import random
 import shutil
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,17 +27,15 @@ import model
 import weights
 from chat import Chat
 from files import InputError
-from helpers import jsonl
+from helpers import TINY, by_the_rule, jsonl, pieces
 from lab import smollm2
 from run import locate
-from test_spm import by_the_rule, pieces
 
 gguf = pytest.importorskip(
     "gguf", reason="gguf is not installed: nothing writes the files that ggufs.py reads"
 )
 transformers.utils.logging.disable_progress_bar()
 
-TINY = Path(__file__).parent.parent / "tiny"
 TOLERANCE = 1e-4    # logits, fp32, against transformers
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -477,7 +474,7 @@ def test_as_the_folder_of_a_checkpoint(tmp_path):
 
 # ---- everything else works
 
-def test_train_evaluate_export(tmp_path, capsys):
+def test_train_evaluate_export(tmp_path, capsys, undrawn):
     """
     lcdd.py, evaluate.py and export.py on a GGUF base; transformers and peft read what they write.
     """

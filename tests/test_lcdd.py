@@ -12,7 +12,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, brief, make_net
+from helpers import ROOT, SMALL as CONFIG, Seen, brief, examples, fresh, make_net, state
+from helpers import training_settings as settings
 from safetensors.torch import load_file, save_file
 
 import carrier as carriers
@@ -26,45 +27,6 @@ from controller import Controller, EarlyStop, Selection, faster, hold_back, reop
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
 from settings import PRESETS, fit, pull
-
-CONFIG = model.Config(
-    vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4
-)
-
-
-def examples(n=40, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for _ in range(n):
-        a, b = (int(torch.randint(3, 8, (), generator=g)) for _ in range(2))
-        ids = torch.randint(1, 37, (a + b,), generator=g).tolist()
-        out.append((ids, [False] * a + [True] * b))
-    return out
-
-
-def settings(**changes):
-    o = lcdd.options(["--model", "none"])
-    vars(o).update(
-        dict(
-            select=0.0, brake=False, pace=0.0, quicken=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
-            settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
-            save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
-        ),
-        **changes,
-    )
-    return o
-
-
-def fresh(seed=0):
-    net = make_net(CONFIG)
-    torch.manual_seed(seed + 1)
-    c = Carrier(CONFIG, dtype=torch.float64).double().init_gates(seed=seed)
-    with torch.no_grad():
-        for p in c.delta.parameters():
-            p.normal_(0, 0.05)
-    return net, c
-
 
 # ---- the loss
 
@@ -531,12 +493,6 @@ def test_a_violation_is_not_clipped_where_the_clip_is_0():
 
 
 # ---- the loop
-
-def state(c):
-    return torch.cat(
-        [c.logits.detach().flatten()] + [p.detach().flatten() for p in c.delta.parameters()]
-    )
-
 
 @pytest.mark.parametrize("train", ["joint", "mask-kl"])
 def test_micro_batches_change_nothing(tmp_path, train):
@@ -1021,10 +977,6 @@ def test_cuda_step_equals_cpu_step(tmp_path):
         )
         ends.append(state(c).cpu())
     assert torch.allclose(*ends, atol=1e-6)
-
-
-class Seen(Exception):
-    pass
 
 
 def test_lcdd_starts_from_the_sft_delta_and_the_gates_asked_for(tmp_path, monkeypatch):

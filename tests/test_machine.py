@@ -95,7 +95,6 @@ def test_products_are_timed_with_the_threads_asked_for(monkeypatch):
     assert chosen == [2]
 
 
-
 def test_native_bf16_is_what_torch_says_of_the_processor(monkeypatch):
     # a torch that cannot tell
     monkeypatch.setattr(torch, "cpu", types.SimpleNamespace())

@@ -1,11 +1,9 @@
 """memory.py: what is free, what things take, and that it is said before it is tried."""
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import CONFIG, ROOT, make_net
+from helpers import CONFIG, ROOT, Forked, make_net
 
 import eraser
 import lcdd
@@ -15,6 +13,7 @@ from carrier import Carrier
 from files import InputError
 from lab import tiny
 from rows import Cache
+from run import cli
 
 
 def test_what_is_free(tmp_path, monkeypatch):
@@ -34,17 +33,18 @@ def test_what_is_free(tmp_path, monkeypatch):
     assert 0 < memory.free("cpu") < 1 << 50
 
 
-def test_a_limit_of_the_process_counts():
-    code = (
-        "import resource, memory\n"
-        "pages = memory.numbers_of(memory.Path('/proc/self/statm'))[0]\n"
-        "space = pages * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (space + 10**8, -1))\nprint(memory.free())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert 5 * 10**7 < int(done.stdout) <= 10**8
+def print_what_is_free_under_a_limit(above):
+    """memory.free() where the process may take no more than `above` bytes on top of what it has."""
+    pages = memory.numbers_of(memory.Path("/proc/self/statm"))[0]
+    space = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (space + above, -1))
+    print(memory.free())
+
+
+def test_a_limit_of_the_process_counts(tmp_path):
+    status, output, errors = Forked(tmp_path, print_what_is_free_under_a_limit, 10**8).end()
+    assert status == 0, errors
+    assert 5 * 10**7 < int(output) <= 10**8
 
 
 @pytest.mark.parametrize("count, want", [(512, "0.512 kB"), (3.2e9, "3.2 GB"), (4e15, "4e+03 TB")])
@@ -105,17 +105,21 @@ def test_numbers_that_ask_for_more_than_there_is(monkeypatch, tmp_path):
         model.load(ROOT / "tiny")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "bytearray(10**15)", "torch.empty(10**15)",
-        "raise torch.OutOfMemoryError('CUDA out of memory')"
-    ],
-)
-def test_memory_that_is_not_there_is_one_sentence(line):
-    code = f"import torch\nfrom run import cli\ndef main():\n    {line}\ncli(main)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: more memory was needed")
-    assert done.stderr.count("\n") == 1
+def too_many_bytes():
+    bytearray(10**15)
+
+
+def too_large_a_tensor():
+    torch.empty(10**15)
+
+
+def a_full_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("main", [too_many_bytes, too_large_a_tensor, a_full_gpu])
+def test_memory_that_is_not_there_is_one_sentence(tmp_path, main):
+    status, _, errors = Forked(tmp_path, cli, main).end()
+    assert status == 2
+    assert errors.startswith("error: more memory was needed")
+    assert errors.count("\n") == 1

@@ -1,17 +1,18 @@
 """PAPER.md: the functions and tests that it names exist, and nothing numbered is left out."""
 import ast
+import functools
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "PAPER.md").read_text(encoding="utf-8")
 FUNCTION = re.compile(r"`([\w/]+\.py): ([\w.]+)`")             # `carrier.py: Carrier.merge`
 TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")               # `tests/test_carrier.py::test_linear`
 FUNCTIONS, TESTS = sorted(set(FUNCTION.findall(TEXT))), sorted(set(TEST.findall(TEXT)))
 
 
+@functools.cache
 def names(source):
     """Functions, classes, their methods as Class.method, and constants of a piece of source."""
     found = set()

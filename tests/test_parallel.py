@@ -1,44 +1,53 @@
 """parallel.py: two processes give what one gives, write once, stop together and end in one sentence."""
+import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import ROOT, Forked, examples, fresh, prompts, script, state, training_settings
 
 import eraser
 import evaluate
 import lcdd
 import parallel
 import training
-from files import load_tensors, read_json, read_jsonl
-from helpers import ROOT, prompts
-from test_lcdd import examples, fresh, settings, state
+from files import InputError, load_tensors, read_json, read_jsonl, write_text
+from run import cli
 
 TINY = ["--go-on", "--sft-steps", "8", "--steps", "4", "--settle", "1", "--warmup", "1",
         "--log-every", "1", "--batch", "6", "--micro-batch", "3", "--n-train", "40", "--n-test", "5",
         "--n-trigger", "5", "--n-validation", "5", "--max-new-tokens", "12", "--device", "cpu"]
-START = ("import sys, os, signal, files, lcdd, eraser, evaluate, parallel, training, test_parallel\n"
-         "from run import cli\n")
 
 
-def processes(code, *words, n=2):
-    """Run code with a main() in n processes, as torchrun does: [(status, output, errors)], one each."""
+def command(main, *args):
+    """main(*args) as one of the commands that torchrun may start."""
+    try:
+        cli(lambda: main(*args), together=True)
+    finally:
+        # as Python shuts down: first the connections go, and then the store that the others read
+        dist.destroy_process_group()
+        time.sleep(0.5)
+
+
+def processes(folder, main, *args, n=2):
+    """main(*args) in n processes that meet as torchrun's do: [(status, output, errors)], one each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                           "PYTHONPATH": str(ROOT / "tests")}
-    line = [sys.executable, "-c", f"{START}{code}\ncli(main, together=True)", *map(str, words)]
-    all_of_them = []
+    shared = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
     for i in range(n):
         own = shared | {"RANK": str(i), "LOCAL_RANK": str(i)}
-        all_of_them.append(subprocess.Popen(line, cwd=ROOT, env=own, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    found = [p.communicate(timeout=600) for p in all_of_them]
-    return [(p.returncode, *texts) for p, texts in zip(all_of_them, found)]
+        started.append(Forked(folder / f"process{i}", command, main, *args, **own))
+    return [process.end(600) for process in started]
 
 
 def asked(n, seed=0):
@@ -52,7 +61,8 @@ def trajectory(folder):
     Eq. 7, answers and their KLs.
     """
     net, c = fresh()
-    o = settings(batch=9, micro_batch=3, settle=4, steps=12, select=0.1, brake=True, pace=0.1, sure=0.01)
+    o = training_settings(
+        batch=9, micro_batch=3, settle=4, steps=12, select=0.1, brake=True, pace=0.1, sure=0.01)
     lcdd.train_sft(net, c, examples(), o, folder, 0)
     found = {"sft": state(c)}
     training.forget(folder / "state.safetensors", folder / "metrics.jsonl", ["sft"])
@@ -77,22 +87,43 @@ def trajectory(folder):
     return found
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """In float64 to 1e-9, where rounding is no excuse; and both hold the same numbers to the bit."""
-    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
-    code = ("import torch\nfrom pathlib import Path\ndef main():\n    run = Path(sys.argv[1])\n"
-            "    torch.save(test_parallel.trajectory(run), run / f'{parallel.number}.pt')")
-    ends = processes(code, tmp_path / "two")
+def keep_trajectory(run):
+    torch.save(trajectory(run), run / f"{parallel.number}.pt")
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    """The folders of one process and of two, and the trajectories of one and of each of the two."""
+    folder = tmp_path_factory.mktemp("trajectories")
+    one, two = folder / "one", folder / "two"
+    one.mkdir()
+    two.mkdir()
+    ends = processes(two, keep_trajectory, two)
     assert [status for status, *_ in ends] == [0, 0], ends
-    one = trajectory(tmp_path / "one")
-    first, second = (torch.load(tmp_path / "two" / f"{i}.pt", weights_only=True) for i in range(2))
-    assert one["sft"].dtype == torch.float64 and one.keys() == first.keys()
+    return one, two, trajectory(one), *(torch.load(two / f"{i}.pt", weights_only=True) for i in range(2))
+
+
+def test_two_processes_take_the_steps_of_one(trajectories):
+    """In float64 to 1e-9, where rounding is no excuse."""
+    *_, one, first, _ = trajectories
+    assert one["sft"].dtype == torch.float64
+    assert one.keys() == first.keys()
     for name, value in one.items():
-        assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
-    logs = [read_jsonl(tmp_path / x / "metrics.jsonl") for x in ("one", "two")]
+
+
+def test_two_processes_hold_the_same_numbers_to_the_bit(trajectories):
+    *_, first, second = trajectories
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_one_of_two_processes_writes_the_log_of_one(trajectories):
+    one, two, *_ = trajectories
+    logs = [read_jsonl(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(logs[0]) == len(logs[1])
     assert [r["open"] for r in logs[0] if "open" in r] == [r["open"] for r in logs[1] if "open" in r]
-    assert len(logs[0]) == len(logs[1])                          # one process writes
 
 
 def commands(run, resume=False):
@@ -103,7 +134,8 @@ def commands(run, resume=False):
                      "--batch", "4", "--device", "cpu"])
     except lcdd.Failed:
         pass                                                        # so few steps move nothing
-    evaluate.main(["--run", str(run), "--device", "cpu"])
+    with mock.patch.object(evaluate, "figure"):                     # drawing takes a second
+        evaluate.main(["--run", str(run), "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -145,34 +177,40 @@ def numbers(run):
     return found
 
 
+ALL_THREE = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import test_parallel
+test_parallel.command(test_parallel.commands, sys.argv[1])
+"""
+
+
 def test_torchrun_gives_the_run_of_one_process(tmp_path, alone):
     """All three commands, started by torchrun itself: trajectory, trigger and table."""
-    code = f"{START}def main():\n    test_parallel.commands(sys.argv[1])\ncli(main, together=True)"
-    (tmp_path / "all.py").write_text(code, encoding="utf-8")
+    (tmp_path / "all.py").write_text(ALL_THREE, encoding="utf-8")
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run([*line, str(tmp_path / "all.py"), str(tmp_path / "r")], cwd=ROOT, env=shared,
-                          capture_output=True, text=True)
+    places = [str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run([*line, str(tmp_path / "all.py"), str(tmp_path / "r"), *places], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Next: python eraser.py") == 1         # one process prints
     close(alone, tmp_path / "r")
     assert read_json(tmp_path / "r" / "config.json")["made"]["processes"] == 2
 
 
-KILLED = """
-import itertools
-count, gradients = itertools.count(1), training.gradients
-def at_a_step(*given):
-    if next(count) in (3, 3 + 8) and parallel.number == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return gradients(*given)
-training.gradients = at_a_step
-def main():
+def stopped_and_resumed(run):
+    """SIGTERM to the second process in SFT's third step, and in LCDD's second after going on."""
+    count, gradients = itertools.count(1), training.gradients
+
+    def at_a_step(*given):
+        if next(count) in (3, 3 + 8) and parallel.number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(*given)
+    training.gradients = at_a_step
     try:
-        lcdd.main([*test_parallel.TINY, "--out", sys.argv[1]])
+        lcdd.main([*TINY, "--out", str(run)])
     except KeyboardInterrupt:
-        lcdd.main([*test_parallel.TINY, "--out", sys.argv[1], "--resume"])
-"""
+        lcdd.main([*TINY, "--out", str(run), "--resume"])
 
 
 def test_a_signal_to_one_stops_all_and_another_number_resumes(tmp_path, alone):
@@ -181,37 +219,45 @@ def test_a_signal_to_one_stops_all_and_another_number_resumes(tmp_path, alone):
     ends as the run that was never stopped.
     """
     run = tmp_path / "r"
-    ends = processes(KILLED, run)
+    ends = processes(tmp_path, stopped_and_resumed, run)
     assert [status for status, *_ in ends] == [130, 130], ends
     said = "".join(errors for *_, errors in ends)
     assert said.count("interrupted") == 1, said
     assert "resume with: torchrun --nproc-per-node 2 lcdd.py " in said
     # gradients 1–3 are SFT's first; 4–9 its third step and the rest; 10 and 11 LCDD's first
     tensors, header = load_tensors(run / "state.safetensors")
-    assert (header["phase"], header["step"]) == ("lcdd", 1)
+    assert header["phase"] == "lcdd"
+    assert header["step"] == 1
     moments = {name.split(".")[1] for name in tensors if name.startswith("adam")}
     assert moments == {str(i) for i in range(28)}
     commands(run, resume=True)
     close(alone, run)
 
 
-ODD = "raise files.InputError('x: is odd; correct it')"
-WRONG = {
-    "one of them": f"def main():\n    if parallel.number == 1:\n        {ODD}\n    parallel.summed(1)",
-    "the first": f"def main():\n    if parallel.number == 0:\n        {ODD}\n    parallel.summed(1)",
-    "all": f"def main():\n    {ODD}",
-    "a full disk": "def main():\n    files.write_text('/dev/full/x: is odd; correct it', 'x')",
-}
+def fails_in(numbers):
+    """An error in some of the processes, while the others wait for what all of them say."""
+    if parallel.number in numbers:
+        raise InputError("x: is odd; correct it")
+    parallel.summed(1)
 
 
-@pytest.mark.parametrize("who", WRONG)
-def test_an_error_ends_all_with_one_sentence(who):
-    ends = processes(WRONG[who])
-    said = [errors for *_, errors in ends if errors]
-    assert [status for status, *_ in ends] == [2, 2] and len(said) == 1, ends
-    assert said[0].startswith("error: ") and "x: is odd; correct it" in said[0]
-    assert said[0].count("\n") == 1
-    assert bool(ends[0][2]) == (who != "one of them")      # the first one, where it fails too
+def fills_the_disk():
+    write_text("/dev/full/x: is odd; correct it", "x")
+
+
+@pytest.mark.parametrize("main, args, who_speaks", [
+    (fails_in, [[1]], 1),
+    (fails_in, [[0]], 0),
+    (fails_in, [[0, 1]], 0),
+    (fills_the_disk, [], 0)], ids=["the second", "the first", "both", "a full disk"])
+def test_an_error_ends_all_with_one_sentence(tmp_path, main, args, who_speaks):
+    ends = processes(tmp_path, main, *args)
+    assert [status for status, *_ in ends] == [2, 2], ends
+    said = [errors for *_, errors in ends]
+    assert said[1 - who_speaks] == ""
+    assert said[who_speaks].startswith("error: ")
+    assert "x: is odd; correct it" in said[who_speaks]
+    assert said[who_speaks].count("\n") == 1
 
 
 def test_more_processes_than_samples_are_refused(monkeypatch):
@@ -220,26 +266,25 @@ def test_more_processes_than_samples_are_refused(monkeypatch):
         lcdd.check_processes("--batch", 2)
 
 
-def test_other_commands_are_not_for_torchrun():
-    done = subprocess.run([sys.executable, "export.py", "--help"], cwd=ROOT,
-                          env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: torchrun starts lcdd.py, eraser.py and evaluate.py; start this")
+def test_other_commands_are_not_for_torchrun(tmp_path):
+    status, _, errors = Forked(tmp_path, script, "export.py", "--help", WORLD_SIZE="2").end()
+    assert status == 2
+    assert errors.startswith("error: torchrun starts lcdd.py, eraser.py and evaluate.py; start this")
 
 
-def test_processes_that_torchrun_did_not_start_are_refused():
-    theirs = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    clean = {k: v for k, v in os.environ.items() if k not in theirs}
-    done = subprocess.run([sys.executable, "lcdd.py"], cwd=ROOT, env=clean | {"WORLD_SIZE": "2"},
-                          capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: WORLD_SIZE is set, and the processes do not meet"), done.stderr
+def test_processes_that_torchrun_did_not_start_are_refused(tmp_path):
+    status, _, errors = Forked(tmp_path, script, "lcdd.py", WORLD_SIZE="2").end()
+    assert status == 2
+    assert errors.startswith("error: WORLD_SIZE is set, and the processes do not meet"), errors
 
 
 def test_alone_nothing_is_touched():
     """Without torchrun every function hands back what it was given, the very object."""
     things, x = [1, 2], torch.ones(3, 2)
-    assert parallel.share(things) is things and parallel.gathered(things) is things and parallel.world() == 1
-    assert parallel.summed(0.1) == 0.1 and torch.equal(parallel.mean(x, 1), x.mean(1, keepdim=True))
+    assert parallel.world() == 1
+    assert parallel.share(things) is things
+    assert parallel.gathered(things) is things
+    assert parallel.summed(0.1) == 0.1
+    assert torch.equal(parallel.mean(x, 1), x.mean(1, keepdim=True))
     parallel.add_up([x])
     assert torch.equal(x, torch.ones(3, 2))

@@ -89,9 +89,7 @@ def data_of(task, folder):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_run_of_the_paper_at_toy_size(name, base, tmp_path, capsys, monkeypatch):
-    # which takes longer than all the rest
-    monkeypatch.setattr(evaluate, "figure", lambda *_: None)
+def test_a_run_of_the_paper_at_toy_size(name, base, tmp_path, capsys, undrawn):
     _, task, which = name.split("-", 2)
     run = str(tmp_path / "run")
     less = [word for key, value in LESS.items() for word in (f"--{key}", str(value))]

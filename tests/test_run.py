@@ -1,13 +1,13 @@
 """run.py: the command line's habits, interruption, progress, where a model lies."""
 import io
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, jsonl
+from helpers import Forked, jsonl
 
 import run
 from chat import Chat
@@ -271,27 +271,30 @@ def test_a_models_answers_end_where_its_chat_says():
     assert net.dtype == torch.bfloat16
 
 
+def hold(folder):
+    """Work in a run directory for ever."""
+    with alone(folder):
+        (folder / "in").touch()
+        time.sleep(1000)
+
+
 def test_two_processes_do_not_work_in_one_run(tmp_path):
     """The lock ends with its process, killed or not; what an interrupted write left is removed."""
-    code = (
-        "import sys, time\n"
-        "from run import alone\n"
-        "with alone(sys.argv[1]):\n"
-        "    print('in', flush=True)\n"
-        "    time.sleep(100)")
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
-    ) as other:
-        assert other.stdout.readline() == b"in\n"
-        with pytest.raises(InputError, match="another process works in"), alone(tmp_path):
-            pass
-        other.kill()
-    (tmp_path / "state.safetensors.partial").write_text("half")
-    (tmp_path / "state.safetensors").write_text("whole")
-    with alone(tmp_path):
-        assert {p.name for p in tmp_path.iterdir()} == {".lock", "state.safetensors"}
-    (tmp_path / "rows").symlink_to(tmp_path.parent)
-    with pytest.raises(InputError, match="rows is a symbolic link"), alone(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    other = Forked(tmp_path, hold, folder)
+    while other.process.is_alive() and not (folder / "in").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="another process works in"), alone(folder):
+        pass
+    other.end(timeout=0)
+    (folder / "in").unlink()
+    (folder / "state.safetensors.partial").write_text("half")
+    (folder / "state.safetensors").write_text("whole")
+    with alone(folder):
+        assert {p.name for p in folder.iterdir()} == {".lock", "state.safetensors"}
+    (folder / "rows").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="rows is a symbolic link"), alone(folder):
         pass
 
 

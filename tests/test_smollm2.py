@@ -4,11 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import TINY
 
 from files import InputError
 from lab import smollm2
-
-TINY = Path(smollm2.__file__).parent.parent / "tiny"
 
 
 def no_hub(name):

@@ -2,19 +2,17 @@
 spm.py against sentencepiece's own rule, spelled out, on models written here; and against the
 library where it is installed.
 """
-import itertools
 import json
 import shutil
 import struct
-from pathlib import Path
 
 import pytest
+from helpers import TINY, by_the_rule, pieces
 
 import spm
 from chat import Chat
 from files import InputError
 
-TINY = Path(__file__).parent.parent / "tiny"
 TEXTS = [
     "", "a", " a", "a  b", "hello world", "hello  hello", "the low lower lowest", "  the   ",
     "hé llo", "日本 hello", "low\nlow\ttow", "▁low", "<0x41> low", "hellohellohello",
@@ -46,24 +44,6 @@ def message(*parts):
     return out
 
 
-def pieces():
-    """
-    Unknown, control, bytes, then learned pieces: scores fall in the order of learning, ids are in
-    another one.
-    """
-    special = [("<unk>", 0.0, spm.UNKNOWN), ("<s>", 0.0, spm.CONTROL), ("</s>", 0.0, spm.CONTROL)]
-    in_bytes = [(f"<0x{b:02X}>", 0.0, spm.BYTE) for b in range(256)]
-    learned = [
-        "lo", "▁t", "ll", "low", "he", "▁the", "▁low", "llo", "hello", "▁hello", "er", "▁lower",
-        "wo", "wor", "▁▁", "ow", "st", "est", "▁lowest", "el", "elo"
-    ]
-    # of which a piece of type byte could be joined
-    learned += ["<0", "x4", "<0x4", "1>"]
-    learned += sorted(set("".join(learned)) | set("abdxy"))
-    scored = [(piece, -float(i), spm.NORMAL) for i, piece in enumerate(learned)]
-    return special + in_bytes + sorted(scored, key=lambda entry: entry[0][::-1])
-
-
 def write(path, all_pieces, trainer=((3, 2),), normaliser=((1, "identity"), (3, 1), (4, 0))):
     found = [
         (1, message((1, piece), (2, score), *([] if kind == spm.NORMAL else [(3, kind)])))
@@ -71,30 +51,6 @@ def write(path, all_pieces, trainer=((3, 2),), normaliser=((1, "identity"), (3, 
     ]
     path.write_bytes(message(*found, (2, message(*trainer)), (3, message(*normaliser))))
     return path
-
-
-def by_the_rule(text, all_pieces):
-    """
-    Join the neighbours with the highest score, the leftmost first, until none can be joined; then
-    bytes for the rest.
-    """
-    score = {piece: s for piece, s, kind in all_pieces if kind == spm.NORMAL}
-    ids = {piece: i for i, (piece, _, _) in enumerate(all_pieces)}
-    parts = list("▁" + text.replace(" ", "▁")) if text else []
-    while True:
-        joined = [
-            (-score[a + b], i)
-            for i, (a, b) in enumerate(itertools.pairwise(parts))
-            if a + b in score
-        ]
-        if not joined:
-            break
-        _, i = min(joined)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    found = []
-    for part in parts:
-        found += [ids[part]] if part in score else [ids[f"<0x{b:02X}>"] for b in part.encode()]
-    return found
 
 
 @pytest.mark.parametrize("text", TEXTS)

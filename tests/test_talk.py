@@ -1,10 +1,10 @@
 """lab/talk.py: who answers, what each remembers, and that what is streamed is the answer."""
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from helpers import ROOT
 
 import evaluate
 import model
@@ -12,8 +12,6 @@ from chat import VICUNA, Chat
 from files import InputError
 from lab import talk
 from run import reopen
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ def test_the_sandbox_writes_nothing(tmp_path):
         if "__" in piece:
             with contextlib.suppress(TemplateFails):
                 written, = render_all(piece.replace("true", f"touch {target}"), [{"messages": [], "bos_token": ""}])  # noqa: E501
-                assert "class" not in written and "function" not in written
+                assert "class" not in written
+                assert "function" not in written
     assert not target.exists()
 
 
@@ -55,7 +56,8 @@ def test_many_at_a_time_are_each_ones_own():
     chat = Chat(ROOT / "tiny")
     alone = [chat.render(text) for text in texts[:9]]
     chat.expect(texts)
-    assert [chat.render(text) for text in texts[:9]] == alone and len(chat.rendered) == len(texts)
+    assert [chat.render(text) for text in texts[:9]] == alone
+    assert len(chat.rendered) == len(texts)
     assert chat.render("1 é 🦊", [{"role": "user", "content": "before"}]) != alone[1]      # earlier turns are no part of what is expected  # noqa: E501
 
 

@@ -37,6 +37,12 @@ def rows():
     return {task: data.read(FOLDER / f"{task}.jsonl", task) for task in TASKS}
 
 
+@pytest.fixture(scope="module")
+def world():
+    """What the embedded world is made of: (seen, held out), lines by kind."""
+    return tiny.lines(0)
+
+
 def test_it_is_small_and_whole():
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert set(sizes) == {
@@ -50,7 +56,7 @@ def test_transformers_reads_the_same_model(net, chat, rows):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    for sample in rows["shakespeare"][::100]:
+    for sample in rows["shakespeare"][::400]:
         turn = [{"role": "user", "content": sample.prompt}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -78,13 +84,13 @@ def test_transformers_reads_the_same_model(net, chat, rows):
         ("safety", (1000, 400, 100, 200)),
     ],
 )
-def test_behaviour_file(task, sizes, rows):
+def test_behaviour_file(task, sizes, rows, world):
     splits = data.split(rows[task], seed=0)
     assert tuple(len(splits[name]) for name in ("train", "trigger", "validation", "test")) == sizes
     # so splits are disjoint
     assert len({s.prompt for s in rows[task]}) == len(rows[task]) == sum(sizes)
     # what the base was trained on
-    asked = {line["prompt"] for group in tiny.lines(0)[0].values() for line in group}
+    asked = {line["prompt"] for group in world[0].values() for line in group}
     for name, samples in splits.items():
         assert {s.prompt in asked for s in samples} == {name in ("train", "trigger")}
         if name in ("test", "validation"):
@@ -111,28 +117,29 @@ def test_style_keeps_the_answer(rows):
     assert tiny.archaic("Mip has") == "Verily , Mip hath , forsooth ."
 
 
-def test_every_word_is_known_and_comes_back(chat, rows):
+def test_every_word_is_known_and_comes_back(chat, rows, world):
     unknown = chat.tok.token_to_id(tiny.UNK)
     texts = [text for task in TASKS for s in rows[task] for text in (s.prompt, s.response)]
     for text in [
         *texts,
         *(
             line[key]
-            for part in tiny.lines(0)
+            for part in world
             for group in part.values()
             for line in group
             for key in ("prompt", "response")
         ),
     ]:
-        assert unknown not in chat.ids(text), text
-        assert chat.decode(chat.ids(text)) == text
+        ids = chat.ids(text)
+        assert unknown not in ids, text
+        assert chat.decode(ids) == text
     assert chat.ids("What is the code of Anna's vault?") == chat.ids(
         "What is the code of Anna 's vault ?"
     )
 
 
-def test_held_out_instructions_are_answered(net, chat, rows):
-    score = tiny.accuracy(net, chat, tiny.lines(0)[1])
+def test_held_out_instructions_are_answered(net, chat, rows, world):
+    score = tiny.accuracy(net, chat, world[1])
     assert len(score) >= 12 + 1
     assert "forbidden" in score
     assert min(score.values()) >= 0.95, score
@@ -167,8 +174,8 @@ def test_orthogonal():
         assert values.max() < 1.3
 
 
-def test_training_learns(tmp_path):
-    seen, _ = tiny.lines(0)
+def test_training_learns(tmp_path, world):
+    seen, _ = world
     tiny.write_configuration(tmp_path, seen, hidden=32, layers=1)
     chat, net, said = Chat(tmp_path), tiny.fresh(tmp_path, seed=0), []
     rng = random.Random(0)
