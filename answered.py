@@ -11,7 +11,7 @@ import torch
 
 import packed
 from files import TEXT, InputError, check_fields, load_tensors, read_header, save_tensors
-from run import ticker
+from console import ticker
 
 FILE = "answers.safetensors"
 CARRIERS = {"sft": "sft.safetensors", "lcdd": "carrier.safetensors"}    # condition: its file

@@ -36,8 +36,10 @@ from chat import collate
 from files import (COUNT, TEXT, Failed, InputError, append_jsonl, check_fields, check_finite,
                    check_tensors, load_tensors, read_header, save_tensors, shown, size, take_back)
 from parallel import add_up, share, summed
-from run import (Interrupted, Meter, Parser, alone, check_device, check_numbers, check_processes, cli,
-                 fields_of, launcher, patient, read_results, reopen, ticker, timed)
+from console import (
+    Interrupted, Meter, Parser, check_device, check_numbers, check_processes, cli, fields_of,
+    launcher, patient, ticker)
+from run import alone, read_results, reopen, timed
 
 # App. F.3, as the paper's text has it and as the released code runs it
 PAPER = dict(length=20, steps=2000, batch=16, lr=0.003, bound=1.0, absolute=True,

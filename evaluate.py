@@ -11,11 +11,8 @@ vocabulary, on given ids. Shapes: P prompts, N response tokens, d hidden size, V
 """
 import files  # noqa: F401, before torch: it sets how threads wait
 import copy
-import io
-import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,80 +21,14 @@ import behaviour
 import carrier as carriers
 import eraser
 import answered
+import figure
 import model
 from chat import collate
-from files import (
-    COUNT, NUMBER, TEXT, InputError, check_fields, read_jsonl, whole, write_json, write_text)
-from parallel import add_up, once, share
-from run import (
-    Parser, check_device, check_numbers, cli, load_model, look_into, markdown, read_results, reopen,
-    ticker)
-
-NAMES = {
-    "base": "Base", "sft": "SFT", "lcdd": "LCDD", "trig": "LCDD + trigger",
-    "shut": "LCDD, gates shut",
-}
-
-
-# ---- the metrics: a new one is a line here, and its values in measure()
-
-@dataclass(frozen=True)
-class Metric:
-    """
-    key      in the rows of measure() and of lab/ablate.py
-    header   of its column, and its label in the figure
-    entry    of results.json that holds it, {prefix + condition: number}
-    share    a share of prompts, shown in percent? Otherwise nats a token
-    apart    shown for each kind of prompts too?
-    """
-    key: str
-    header: str
-    entry: str
-    prefix: str = ""
-    share: bool = False
-    apart: bool = False
-
-    def show(self, value, interval=None):
-        """A number of this metric as a table's cell; – where there is none."""
-        if value is None:
-            return "–"
-        if not self.share:
-            return f"{value:.3f}"
-        around = f" ({100 * interval[0]:.0f}–{100 * interval[1]:.0f})" if interval else ""
-        return f"{100 * value:.1f}{around}"
-
-
-METRICS = (
-    Metric("rate", "behaviour", "rates", share=True, apart=True),
-    Metric("accuracy", "accuracy", "accuracy", share=True, apart=True),
-    Metric("same", "base's answer", "same_as_base", share=True),
-    Metric("kl_sft", "KL(SFT‖·)", "kl", "sft_", apart=True),
-    Metric("kl_base", "KL(Base‖·)", "kl", "base_", apart=True),
-    Metric("kl_own", "own KL(Base‖·)", "kl_own"),
-    Metric("loss_own", "own loss", "loss_own"),
-)
-NOTES = """\
-Behaviour: answers that show what SFT taught. Accuracy: answers that hold the right one.
-Base's answer: the base's own, to the last token. KL: nats a token on SFT's answers; own KL and
-own loss: nats a token on the base's own answers, the loss beside the base's. Means over a prompt's
-tokens, then over prompts; the end-of-text token {eos}. Gates shut is Δ off."""
-
-
-def columns(labels):
-    """
-    [(header, metric, kind)] of a table whose prompts are of the kinds `labels`; kind "" is all of
-    them, which says nothing where one half is harmful and the other benign.
-    """
-    opposed = set(labels) == {"harmful", "benign"}
-    found = []
-    for metric in METRICS:
-        unit = " %" if metric.share else ""
-        if not (opposed and metric.apart):
-            found.append((metric.header + unit, metric, ""))
-        for kind in labels if metric.apart else ():
-            found.append((f"{metric.header}, {behaviour.one_line(kind)}{unit}", metric, kind))
-    return found
-
+from files import InputError, write_json, write_text
+from metrics import METRICS, NAMES, NOTES, called, compare, table
+from parallel import add_up, share
+from console import Parser, check_device, check_numbers, cli, markdown, ticker
+from run import load_model, look_into, read_results, reopen
 
 # ---- teacher-forced measures
 
@@ -293,172 +224,6 @@ def results_of(rows, samples):
     return out
 
 
-# ---- the table
-
-def called(name, results):
-    """What tables call a condition; a trigger stands before the model that it was learned for."""
-    if name == "trig" and "trigger" in results:
-        return f"{NAMES[results['trigger']['target']]} + trigger"
-    return NAMES[name]
-
-
-def kinds_of(results):
-    """The kinds that a table shows apart: up to three; a dozen stand in results.json."""
-    labels = list(next(iter(results.get("kinds", {}).values()), {}))
-    return labels if len(labels) <= 3 else []
-
-
-def cell(results, name, metric, kind):
-    """One number of results.json for a table, a share with its confidence interval."""
-    if kind:
-        found = results.get("kinds", {}).get(name, {}).get(kind, {})
-        return metric.show(found.get(metric.key))
-    key = metric.prefix + name
-    value = results.get(metric.entry, {}).get(key)
-    return metric.show(value, results["ci"].get(metric.entry, {}).get(key))
-
-
-def line(results, name, label, labels):
-    """A table's row for one condition."""
-    return [label] + [cell(results, name, metric, kind) for _, metric, kind in columns(labels)]
-
-
-def table(results, title):
-    """The four conditions, and the carrier with its gates shut, as Markdown."""
-    labels = kinds_of(results)
-    header = [title] + [head for head, *_ in columns(labels)]
-    lines = []
-    for name in NAMES:
-        if name in results["rates"]:
-            lines.append(line(results, name, called(name, results), labels))
-    return markdown(header, lines)
-
-
-def evaluated():
-    """What results.json of an evaluated run has to be, for check_fields()."""
-    entries = {metric.entry: (None, {"*": NUMBER}) for metric in METRICS}
-    intervals = {metric.entry: (None, {"*": [NUMBER, NUMBER]}) for metric in METRICS}
-    return entries | {
-        "rates": {"*": NUMBER}, "ci": intervals, "kinds": (None, {"*": {"*": {"*": NUMBER}}}),
-        "trigger": (None, {"name": TEXT, "target": eraser.TARGETS, "length": COUNT})}
-
-
-def compare(runs):
-    """Evaluated runs in one table, condition by condition. Raises InputError for others."""
-    found = {}
-    for run in runs:
-        found[run] = read_results(run)
-        if "ci" not in found[run]:
-            raise InputError(f"{run}/results.json holds no evaluation; "
-                             f"run python evaluate.py --run {run} first")
-        check_fields(f"{run}/results.json", found[run], evaluated())
-    labels = []
-    for results in found.values():
-        labels += [kind for kind in kinds_of(results) if kind not in labels]
-    lines = []
-    for name in NAMES:
-        for run, results in found.items():
-            if name in results["rates"]:
-                lines.append(line(results, name, f"{called(name, results)}, {run}", labels))
-    tasks = dict.fromkeys(str(results.get("task", "")) for results in found.values())
-    header = [behaviour.one_line(", ".join(tasks))] + [head for head, *_ in columns(labels)]
-    return markdown(header, lines)
-
-
-# ---- the figure
-
-def draw_training(axes, rows):
-    """LCDD's loss against its budget, with λ and the share of gates off, step by step."""
-    steps = [r["step"] + 1 for r in rows]
-    axes.plot(steps, [max(r["ema"], 1e-6) for r in rows], label="loss (average)")
-    axes.plot(steps, [r.get("budget") or math.nan for r in rows], "k--", lw=1, label="budget ε")
-    axes.plot(steps, [r["lambda"] for r in rows], color="tab:orange", lw=1, label="λ")
-    title = "LCDD: loss against budget, λ, sparsity"
-    axes.set(yscale="log", xlabel="optimizer step", title=title)
-    share = axes.twinx()
-    share.plot(steps, [r["sparsity"] for r in rows], color="tab:green", label="gates off")
-    share.set(ylim=(0, 1), ylabel="share of gates off")
-    lines = axes.get_lines() + share.get_lines()
-    axes.legend(lines, [x.get_label() for x in lines], loc="lower right", fontsize=8)
-
-
-def is_point(row):
-    """Has a line of the log all numbers that draw_training() needs?"""
-    needed = [row.get(name) for name in ("step", "ema", "lambda", "sparsity")]
-    if row.get("budget") is not None:
-        needed.append(row["budget"])
-    return all(type(x) in (int, float) and abs(x) < 1e300 for x in needed)
-
-
-def draw_gates(axes, carrier, sparsity):
-    """The share of open gates, layer by group."""
-    groups = carrier.logits.detach().cpu().split(list(carrier.sizes.values()), dim=1)
-    opened = torch.stack([(g > 0).float().mean(1) for g in groups], dim=1)   # (L, 8)
-    image = axes.imshow(opened.numpy(), aspect="auto", vmin=0, cmap="viridis")
-    title = f"share of gates open ({1 - sparsity:.1%} in all)"
-    axes.set(xticks=range(len(groups)), yticks=range(len(opened)), ylabel="layer", title=title)
-    axes.set_xticklabels(carriers.GROUPS, rotation=40, ha="right", fontsize=8)
-    axes.figure.colorbar(image, ax=axes)
-
-
-def draw_bars(axes, results, metrics, title):
-    """Metrics as bars beside each other for every condition, with their confidence intervals."""
-    names = [n for n in ("base", "sft", "lcdd", "trig") if n in results["rates"]]
-    width = 0.8 / len(metrics)
-    for i, metric in enumerate(metrics):
-        values, intervals = results.get(metric.entry, {}), results["ci"].get(metric.entry, {})
-        x, y, below, above = [], [], [], []
-        for j, name in enumerate(names):
-            key = metric.prefix + name
-            if key in values:
-                low, high = intervals[key]
-                x.append(j + (i - (len(metrics) - 1) / 2) * width)
-                y.append(values[key])
-                below.append(max(0, values[key] - low))
-                above.append(max(0, high - values[key]))
-        if x:
-            axes.bar(x, y, width, yerr=[below, above], label=metric.header, capsize=2,
-                     error_kw={"lw": 0.8})
-    axes.set(xticks=range(len(names)), title=f"{title} (95 % CI)")
-    axes.set_xticklabels([called(n, results) for n in names])
-    axes.legend(fontsize=8, ncols=2, loc="upper center")
-
-
-@once
-def figure(run, results, carrier, path):
-    """Training, open gates, and the metrics of the four conditions: one PNG of a run."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    file = run / "metrics.jsonl"
-    logged = read_jsonl(file) if file.is_file() else []
-    steps = [row for row in logged if row.get("phase") == "lcdd" and is_point(row)]
-    fig, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    training, gates, shares, nats = axes.flat
-    if steps:
-        draw_training(training, steps)
-    draw_gates(gates, carrier, results["sparsity"])
-    draw_bars(shares, results, [m for m in METRICS if m.share], "share of test prompts")
-    shares.set(ylim=(0, 1.3))
-    draw_bars(nats, results, [m for m in METRICS if not m.share], "nats a token")
-    nats.set_yscale("symlog", linthresh=0.1)
-    nats.set_ylim(0, 4 * nats.get_ylim()[1])                 # room for the legend
-    fig.suptitle(f"{results['task']}: base, SFT, LCDD, LCDD + trigger", parse_math=False)
-    picture = io.BytesIO()
-    try:
-        fig.savefig(picture, dpi=110, format="png")
-    except ValueError as e:                     # of numbers in a damaged log, say
-        return print(f"no figure: {e}", file=sys.stderr)
-    finally:
-        plt.close(fig)
-    with whole(path) as partial:
-        partial.write_bytes(picture.getvalue())
-
-
 # ---- the script
 
 def options(argv=None):
@@ -627,7 +392,7 @@ def main(argv=None):
     write_json(run / "results.json", results)
     write_text(run / "results.md", text + "\n")
     print("\n" + text)
-    figure(run, results, carrier, run / "figure.png")
+    figure.draw(run, results, carrier, run / "figure.png")
 
 
 if __name__ == "__main__":

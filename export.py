@@ -29,7 +29,8 @@ import model
 import packed
 import weights
 from files import InputError, check_fields, read_json, replacing, write_json
-from run import CONFIG, EMBEDDED, Parser, check_numbers, cli, locate, portable
+from console import Parser, check_numbers, cli
+from run import CONFIG, EMBEDDED, locate, portable
 
 KINDS = ("merged", "lora", "prompt", "run")
 MARKER = "export.json"   # names the files that were written: a folder with others in it is left as it is

@@ -33,8 +33,8 @@ from checks import check_lcdd, check_memory, check_sft, rates_of, results_table,
 from controller import (Controller, EarlyStop, Selection, faster, hold_back, rate_of_delta,
                         reopen_last)
 from files import Failed, InputError, fingerprint, read_json, write_json, write_text
-from run import (Interrupted, alone, chat_of, check_processes, cli, locate, made_by, open_run,
-                 patient, portable, prepare, read_results, resume_command, timed)
+from console import Interrupted, check_processes, cli, made_by, patient, resume_command
+from run import alone, chat_of, locate, open_run, portable, prepare, read_results, timed
 from settings import DTYPES, fit, options
 
 REOPEN = 4              # times that gates may open again, until the budget counts as not kept

@@ -20,7 +20,7 @@ import memory
 import model
 from carrier import PROJECTIONS, Carrier
 from chat import collate
-from run import duration, markdown
+from console import duration, markdown
 from settings import fit
 
 CHUNK = 1024        # tokens whose logits are made at a time (training.task_loss)

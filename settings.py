@@ -10,7 +10,8 @@ import torch
 
 from data import SIZES
 from files import InputError
-from run import EMBEDDED, Parser, check_device, check_numbers, flag
+from console import Parser, check_device, check_numbers, flag
+from run import EMBEDDED
 
 # Settings that fit themselves, from the width of the model and the number of steps (see fit()).
 RATE = 0.125            # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128

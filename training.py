@@ -20,7 +20,7 @@ from chat import collate
 from files import (COUNT, NUMBER, TEXT, InputError, append_jsonl, check_fields, check_tensors,
                    load_tensors, read_header, save_tensors, size, take_back)
 from parallel import AdamW, add_up, once, share, summed
-from run import Meter
+from console import Meter
 
 # the header of a saved state, phase by phase
 MAYBE = (None, NUMBER)

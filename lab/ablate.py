@@ -25,6 +25,7 @@ import torch
 import carrier as carriers
 import eraser
 import evaluate
+import metrics
 import lcdd
 import model
 import training
@@ -33,9 +34,8 @@ from files import (
     NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
     write_json)
 from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
-from run import (
-    Parser, alone, check_device, check_numbers, cli, duration, fields_of, load_model, locate,
-    read_config, read_results, reopen)
+from console import Parser, check_device, check_numbers, cli, duration, fields_of
+from run import alone, load_model, locate, read_config, read_results, reopen
 from settings import check as check_training
 from settings import check_bounds
 from settings import options as settings_of_lcdd
@@ -359,7 +359,7 @@ def is_row(row, of):
     """Is it a finished row of the run as it is now, with numbers where tables show them?"""
     if not isinstance(row, dict) or row.get("of") != of:
         return False
-    shown = {"sparsity", "dice", *(metric.key for metric in evaluate.METRICS)}
+    shown = {"sparsity", "dice", *(metric.key for metric in metrics.METRICS)}
     numbers = [value for key, value in row.items() if key.split(" ")[-1] in shown]
     return bool(numbers) and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers)
 

@@ -41,7 +41,7 @@ import memory
 from files import Failed, InputError
 from lab import ablate, benchmarks, commands, damage, kills, talk
 from lab.world import FEW, TRIGGER, ablate_options, copied, make_world
-from run import Parser, check_numbers, cli
+from console import Parser, check_numbers, cli
 
 SECONDS = 20            # a round may take, of the processor
 WELL = ("works", "refused", "goes on", "identical")      # verdicts

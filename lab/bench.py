@@ -38,8 +38,8 @@ import model
 import training
 from carrier import Carrier, Heaviside, gated_activations, masked_weight, penalty
 from config import Config
-from run import (
-    EMBEDDED, Parser, chat_of, check_device, check_numbers, cli, duration, locate, markdown, prepare)
+from console import Parser, check_device, check_numbers, cli, duration, markdown
+from run import EMBEDDED, chat_of, locate, prepare
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)  # share of gates open
 # Qwen3-0.6B

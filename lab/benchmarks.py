@@ -28,6 +28,7 @@ import torch
 import behaviour
 import data
 import evaluate
+import metrics
 import machine
 import model
 import weights
@@ -35,8 +36,8 @@ from chat import Chat, collate
 from files import InputError, write_json, write_text
 from lab.judges import SUMMARY, ask_judge, share, standard_behaviors
 from rows import Cache
-from run import (Parser, check_device, check_numbers, cli, load_model, locate, markdown,
-                 read_results, reopen, ticker)
+from console import Parser, check_device, check_numbers, cli, markdown, ticker
+from run import load_model, locate, read_results, reopen
 
 # what each benchmark needs on the command line
 NEEDS = {
@@ -323,7 +324,7 @@ def table(results):
 def called(condition):
     """A condition's name as tables write it: lcdd+trigger → LCDD + trigger."""
     weights, _, trigger = condition.partition("+")
-    return evaluate.NAMES[weights] + (f" + {trigger}" if trigger else "")
+    return metrics.NAMES[weights] + (f" + {trigger}" if trigger else "")
 
 
 NOTE = """\

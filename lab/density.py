@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from files import InputError
-from run import Parser, check_numbers, cli, markdown
+from console import Parser, check_numbers, cli, markdown
 
 LAYOUT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,

@@ -14,7 +14,7 @@ import machine
 import model
 import weights
 from chat import Chat
-from run import ticker
+from console import ticker
 
 CLIP = 512  # tokens of an answer that HarmBench's classifier reads
 VERDICT_TOKENS = {"harmbench": 1, "wildguard": 128, "judge": 16}

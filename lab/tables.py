@@ -9,9 +9,9 @@ from itertools import combinations
 
 import torch
 
-import evaluate
+import metrics
 from lab import significance
-from run import markdown
+from console import markdown
 
 CHOICES = ("noise circuit", "blind circuit", "floor-0 circuit",
            "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2")
@@ -123,7 +123,7 @@ def row_table(seeds, names, paper=False):
     (DeepSeek-8B, safety).
     """
     opposed = any("benign rate" in row for s in seeds for row in s.values())
-    columns = evaluate.columns(["harmful", "benign"] if opposed else [])
+    columns = metrics.columns(["harmful", "benign"] if opposed else [])
     header = ["row", "gates off %", "dice %"] + [head for head, *_ in columns]
     if paper:
         header.append("paper: refusal %, KL(SFT‖·), KL(Base‖·)")
@@ -239,9 +239,9 @@ def overlap(a, b):
             significance.expected_overlap(parts))
 
 
-TITLES = {metric.key: metric.header for metric in evaluate.METRICS}
+TITLES = {metric.key: metric.header for metric in metrics.METRICS}
 TITLES |= {"sparsity": "gates off", "dice": "dice"}
-SHARES = {metric.key for metric in evaluate.METRICS if metric.share} | {"sparsity", "dice"}
+SHARES = {metric.key for metric in metrics.METRICS if metric.share} | {"sparsity", "dice"}
 
 
 def compared(lengths):
@@ -256,8 +256,8 @@ def difference_table(seeds, lengths):
     none, by the paired test (the rows of a seed come from the same SFT) and by Welch's.
     """
     n, lines = len(seeds), []
-    for name, other, metrics in compared(lengths):
-        for metric in metrics:
+    for name, other, shown in compared(lengths):
+        for metric in shown:
             key = found_as(seeds, name, metric)
             if n < 2 or not all(key in s.get(row, {}) for s in seeds for row in (name, other)):
                 continue

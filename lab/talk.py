@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 import evaluate
+import metrics
 import machine
 import model
 from files import InputError
 from lab import page
-from run import Parser, check_device, check_numbers, cli, look_into
+from console import Parser, check_device, check_numbers, cli
+from run import look_into
 
 PORT = 8720
 # what is typed → a condition of evaluate.py
@@ -97,7 +99,7 @@ def replies(net, chat, conditions, room, length):
 
 def turn(name, line, memory, reply):
     """Print what a condition answers to a line, and remember both."""
-    echo(f"{evaluate.NAMES[name]:14s}  ")
+    echo(f"{metrics.NAMES[name]:14s}  ")
     forgotten, answering = reply(name, line, memory)
     if forgotten:
         echo(f"({forgotten} turns forgotten) ")
@@ -128,7 +130,7 @@ def converse(net, chat, conditions, room, length, ask):
             print("all answer")
         elif COMMANDS.get(line) in conditions:
             chosen = [COMMANDS[line]]
-            print(f"{evaluate.NAMES[chosen[0]]} answers")
+            print(f"{metrics.NAMES[chosen[0]]} answers")
         elif line.startswith("/"):
             known = [command for command, name in COMMANDS.items() if name in conditions]
             print("commands: " + " ".join([*known, "/all", "/new", "/quit"]))
@@ -151,7 +153,7 @@ def main(argv=None):
     conditions = evaluate.conditions_of(Path(o.run), net, o.trigger)[1]
     title = f"{chat.folder.name}, task {Path(config['task']).name}"
     if o.browser is not None:
-        names = {name: evaluate.NAMES[name] for name in conditions}
+        names = {name: metrics.NAMES[name] for name in conditions}
         return page.serve(o.browser, title, names, replies(net, chat, conditions, config["max_len"], length))
     print(f"{title}; /base /sft /lcdd /trigger /all "
           "choose who answers, /new forgets, /quit ends")

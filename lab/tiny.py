@@ -34,7 +34,7 @@ from chat import Chat, collate
 from config import Config
 from data import Sample
 from files import InputError, read_json, replacing, write_json
-from run import Parser, check_numbers, cli, duration, markdown
+from console import Parser, check_numbers, cli, duration, markdown
 
 MARKER = ".made"  # names the files that were made: a folder with others in it is left as it is
 

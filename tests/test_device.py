@@ -206,7 +206,7 @@ def test_the_stand_in_notices(elsewhere):
 @pytest.mark.parametrize("task", ["fixed", "safety"])
 def test_the_three_commands_elsewhere(elsewhere, shallow, tmp_path, monkeypatch, task):
     if task == "safety":                                          # the figure is drawn for the other
-        monkeypatch.setattr(evaluate, "figure", lambda *_: None)
+        monkeypatch.setattr(evaluate.figure, "draw", lambda *_: None)
     run = str(tmp_path / "run")
     few = [
         "--n-train", "24", "--n-trigger", "6", "--n-validation", "3", "--n-test", "3",

@@ -307,7 +307,7 @@ def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
     assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"}
     assert "| LCDD + trigger |" in (run / "results.md").read_text()
     assert (run / "figure.png").stat().st_size > 1000
-    monkeypatch.setattr(evaluate, "figure", lambda *_: None)      # drawn once
+    monkeypatch.setattr(evaluate.figure, "draw", lambda *_: None)      # drawn once
     trig = results["rates"]["trig"], results["kl"]["sft_trig"]
     # learned for SFT: put before SFT
     monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])

@@ -16,7 +16,9 @@ import behaviour
 import carrier as carriers
 import eraser
 import evaluate
+import metrics
 import export
+import figure
 import lcdd
 import model
 import training
@@ -26,7 +28,8 @@ from files import (
     InputError, load_tensors, read_header, read_json, read_jsonl, save_tensors, write_json)
 from lab import ablate, significance, tables, talk
 from rows import rotary
-from run import alone, cli, reopen
+from console import cli
+from run import alone, reopen
 
 
 class Chat:
@@ -521,7 +524,7 @@ def rows_of_table(text):
 
 
 def test_the_table_has_each_number_under_its_name():
-    base, lcdd_ = rows_of_table(evaluate.table(RESULTS, "t"))
+    base, lcdd_ = rows_of_table(metrics.table(RESULTS, "t"))
     assert base == {
         "t": "Base",
         "behaviour %": "10.0 (0–100)",
@@ -549,7 +552,7 @@ def test_the_table_has_harmful_and_benign_apart():
         "harmful": {"rate": 0.7, "n": 2, "kl_sft": 1.5, "kl_base": 2.5},
         "benign": {"rate": 0.8, "n": 2, "kl_sft": 3.5},
     }
-    row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"base": of, "lcdd": of}}, "t"))[1]
+    row = rows_of_table(metrics.table(RESULTS | {"kinds": {"base": of, "lcdd": of}}, "t"))[1]
     assert row["behaviour, harmful %"] == "70.0"
     assert row["behaviour, benign %"] == "80.0"
     assert row["KL(SFT→·), harmful"] == "1.500"
@@ -562,7 +565,7 @@ def test_the_table_has_harmful_and_benign_apart():
 
 def test_other_kinds_stand_beside_the_whole():
     of = {"short": {"rate": 0.7, "n": 2, "kl_sft": 1.5}}
-    row = rows_of_table(evaluate.table(RESULTS | {"kinds": {"lcdd": of}}, "t"))[1]
+    row = rows_of_table(metrics.table(RESULTS | {"kinds": {"lcdd": of}}, "t"))[1]
     assert row["behaviour %"] == "20.0 (0–100)"
     assert row["behaviour, short %"] == "70.0"
 
@@ -1132,7 +1135,7 @@ def drawn(task, run, path):
     """The figure of a run that nothing was measured of."""
     carrier = carriers.load(run / "carrier.safetensors", model.load("tiny"))
     results = {"task": task, "rates": {}, "ci": {}, "sparsity": 0.5}
-    evaluate.figure(run, results, carrier, path)
+    figure.draw(run, results, carrier, path)
 
 
 def test_a_task_that_looks_like_mathematics_is_drawn_as_text(tmp_path, run):

@@ -13,7 +13,7 @@ from helpers import ROOT
 FLOORS = [
     {"parallel"},
     {"files", "template"},
-    {"spm", "patterns", "packed", "config", "machine", "memory"},
+    {"spm", "patterns", "packed", "config", "machine", "memory", "console"},
     {"ggufs", "rows"},
     {"weights"},
     {"chat", "behaviour", "model"},
@@ -24,6 +24,8 @@ FLOORS = [
     {"settings", "answered", "training"},
     {"plan", "controller", "checks"},
     {"lcdd", "eraser"},
+    {"metrics"},
+    {"figure"},
     {"evaluate", "export"},
     {"lab"},
 ]

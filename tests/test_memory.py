@@ -13,7 +13,7 @@ from carrier import Carrier
 from files import InputError
 from lab import tiny
 from rows import Cache
-from run import cli
+from console import cli
 
 
 def test_what_is_free(tmp_path, monkeypatch):

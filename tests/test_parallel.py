@@ -19,7 +19,7 @@ import lcdd
 import parallel
 import training
 from files import InputError, load_tensors, read_json, read_jsonl, write_text
-from run import cli
+from console import cli
 
 TINY = ["--go-on", "--sft-steps", "8", "--steps", "4", "--settle", "1", "--warmup", "1",
         "--log-every", "1", "--batch", "6", "--micro-batch", "3", "--n-train", "40", "--n-test", "5",

@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers import Forked, jsonl
 
+import console
 import run
 from chat import Chat
 from data import SIZES
 from files import InputError, read_json, write_json
-from run import (
-    Meter, alone, check_device, check_numbers, cli, load_model, locate, markdown, patient, ticker
-)
+from console import Meter, check_device, check_numbers, cli, markdown, patient, ticker
+from run import alone, load_model, locate
 
 
 def test_locate(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_lines_where_it_is_none(capsys, monkeypatch):
     ],
 )
 def test_durations(seconds, want):
-    assert run.duration(seconds) == want
+    assert console.duration(seconds) == want
 
 
 def test_the_architecture_is_blamed_before_the_tokenizer(tmp_path):

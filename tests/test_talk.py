@@ -7,6 +7,7 @@ import transformers
 from helpers import ROOT
 
 import evaluate
+import metrics
 import model
 from chat import VICUNA, Chat
 from files import InputError
@@ -52,7 +53,7 @@ def test_what_is_streamed_is_the_answer(opened, capsys):
                 0
             ]
         )
-        assert f"{evaluate.NAMES[name]:14s}  {right}\n" in said
+        assert f"{metrics.NAMES[name]:14s}  {right}\n" in said
     assert "never read" not in said
     assert said.count("\n") == len(conditions)
 
