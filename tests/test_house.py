@@ -80,7 +80,7 @@ def is_script(path):
     return '__name__ == "__main__"' in text and path.stem != "density"
 
 
-@pytest.mark.parametrize("path", filter(is_script, SOURCES), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", list(filter(is_script, SOURCES)), ids=lambda p: p.name)
 def test_a_script_says_how_threads_wait_before_torch_is_imported(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
