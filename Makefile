@@ -14,8 +14,8 @@ run: setup
 
 # a chat model on prompts that people wrote: DATA=FILE names other ones; interrupted, the same command goes on
 real: RUN = runs/real
-# fewer steps than usual, for some twenty minutes on two cores
-real: SHORT = --steps 240 --n-trigger 200 --n-validation 50 --max-new-tokens 48
+# fewer steps than usual, for some twenty minutes on two cores, and a gentler carrier
+real: SHORT = --steps 240 --quicken 0 --n-trigger 200 --n-validation 50 --max-new-tokens 48
 real: setup
 	$(PY) -m lab.smollm2 $(MODEL) --data $(DATA)
 	$(PY) lcdd.py --model $(MODEL) --data $(DATA) $(SHORT) --out $(RUN) --resume
