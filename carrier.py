@@ -11,16 +11,14 @@ projection of the model. It comes in two states: `Carrier`, whose gates and delt
 `Merged`, frozen weights for everything that only reads (generation, KL, the trigger).
 """
 import files  # noqa: F401, before torch: it sets how threads wait
-import argparse
 import copy
 import math
-import os
-import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from console import Parser, cli
 from files import InputError, check_finite
 from packed import describe, fingerprint, pack_bits, read_packed, unpack_bits, write_packed
 
@@ -508,19 +506,11 @@ def fill(carrier, tensors):
 
 
 def main(argv=None):
-    what = "What a carrier file holds: python carrier.py show FILE"
-    p = argparse.ArgumentParser(description=what)
+    p = Parser("What a carrier file holds: python carrier.py show FILE")
     p.add_argument("command", choices=["show"])
     p.add_argument("file", help="carrier.safetensors or sft.safetensors of a run")
-    o = p.parse_args(argv)
-    try:
-        print(describe(o.file), flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:                      # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(describe(p.parse_args(argv).file), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -244,6 +244,8 @@ def options(argv=None):
       help="of the splits; only the run's own is accepted, so that test prompts stay held out")
     a("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     o = p.parse_args(argv)
+    if o.ask and not all(isinstance(text, str) for text in o.ask):
+        raise InputError("--ask -- names no text; put a text that begins with a dash as --ask=-…")
     if bool(o.run) == bool(o.compare):
         raise InputError("give either --run or --compare")
     check_numbers(o)

@@ -79,7 +79,8 @@ def tensors(file):
         return
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
+            TypeError, AttributeError) as error:        # what a damaged pickle raises
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: not a readable file of tensors ({said})") from None
     if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):

@@ -153,7 +153,7 @@ def tree(value, rng):
         container[key], other[k] = other[k], container[key]
     elif way == "near" and type(container[key]) in (int, float):
         x = container[key]
-        container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x / 2, str(x), [x], x * 10**6))
+        container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x // 2, str(x), [x], x * 10**6))
     else:
         container[key] = rng.choice(VALUES)
         shown = "brackets" if container[key] is DEEP else dumps(container[key])[:30]

@@ -1138,14 +1138,16 @@ def test_show(saved, monkeypatch, capsys):
     assert said.count("█") > 1
 
 
-def test_show_says_what_is_no_carrier(tmp_path, monkeypatch, capsys):
+def test_show_says_what_is_no_carrier(tmp_path):
     path = tmp_path / "nothing"
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(InputError, match=f"{path}: no such file; run the command that writes it"):
         carrier.main(["show", str(path)])
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {path}: no such file; run the command that writes it")
-    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["show"], ["-x"], ["--"]])
+def test_a_command_line_without_a_file_is_one_sentence(words):
+    with pytest.raises(InputError, match="file"):
+        carrier.main(words)
 
 
 def test_bars():
