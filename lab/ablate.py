@@ -407,6 +407,8 @@ def check(o):
     """Raises InputError for options that do not go together, or make no sense."""
     check_device(o.device)
     check_numbers(o)
+    if o.rows is not None and not o.rows:
+        raise InputError("--rows names no row; give words of their names, or leave it out for all")
     if o.run and (o.task or o.out or o.seed):
         raise InputError("--run takes task, seed and place from that run: "
                          "leave out --task, --out and --seed")
