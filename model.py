@@ -144,11 +144,8 @@ class Llama(nn.Module):
 
     @property
     def chunk(self):
-        """
-        How many tokens' logits are made at a time: on a CPU as many as stay in its cache, where
-        what follows runs three times as fast as on more.
-        """
-        return max(32, CACHED // self.config.vocab_size) if self.device.type == "cpu" else 1024
+        """How many tokens' logits are made at a time."""
+        return chunk_of(self.config.vocab_size, self.device.type)
 
     def plain(self, l, name, x):
         """The base's own projections: what a carrier's bind() stands in for."""
@@ -262,6 +259,14 @@ class Llama(nn.Module):
 
 
 # ---- losses on logits
+
+def chunk_of(words, device):
+    """
+    How many tokens' logits are made at a time: on a CPU as many as stay in its cache, where what
+    follows runs three times as fast as on more.
+    """
+    return max(32, CACHED // words) if device == "cpu" else 1024
+
 
 class InPieces(torch.autograd.Function):
     """

@@ -23,7 +23,6 @@ from chat import collate
 from console import duration, markdown
 from settings import fit
 
-CHUNK = 1024        # tokens whose logits are made at a time (training.task_loss)
 ANSWERED = 128      # prompts that are answered at a time (Llama.generate)
 WIDEST = 1024       # width, tokens and words that are measured at most; what is larger is scaled
 TOKENS = 512
@@ -73,7 +72,8 @@ def needed(config, step, o):
     kept, merged = layers * layer * tokens, deltas
     if o.checkpoint:                                        # the streams between layers, and one layer
         kept, merged = (layers * config.hidden_size + layer) * tokens, deltas / layers
-    logits = min(CHUNK, step.supervised / step.micro) * config.vocab_size
+    chunk = model.chunk_of(config.vocab_size, o.device)
+    logits = min(chunk, step.supervised / step.micro) * config.vocab_size
     return {"weights": parameters * wide, "merged weights": merged * wide,
             "deltas, gradients and AdamW's moments": 4 * deltas * narrow,
             "activations": kept * wide, "logits": 3 * 4 * logits}
@@ -106,7 +106,7 @@ def measure(config, step, examples, o):
     """
     small, some = narrowed(config), first_tokens(examples[:o.micro_batch])
     measured = step_of(some, len(some), len(some))
-    n = min(CHUNK, max(1, round(measured.supervised)))
+    n = min(model.chunk_of(config.vocab_size, o.device), max(1, round(measured.supervised)))
     seconds = seconds_of_a_layer(small, some, n, o)
 
     layers = sizes_of(config)[1] / sizes_of(small)[1]       # how many of the small one's

@@ -2,7 +2,6 @@
 A checkpoint as it lies: a folder of Hugging Face's form, its weights in safetensors or
 pytorch_model*.bin, in one file or in shards; or a GGUF file, which holds all of it.
 """
-import pickle
 from pathlib import Path
 
 import torch
@@ -79,8 +78,7 @@ def tensors(file):
         return
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
-            TypeError, AttributeError) as error:        # what a damaged pickle raises
+    except Exception as error:                      # a damaged pickle may raise anything
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{file}: not a readable file of tensors ({said})") from None
     if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):

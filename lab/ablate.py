@@ -451,14 +451,13 @@ def work_in_processes(todo, jobs):
             futures = [pool.submit(work_alone, *job) for job in reversed(todo)]
             wait(futures, return_when=FIRST_EXCEPTION)
             return [f.result() for f in reversed(futures) if f.done()]
-        except BrokenProcessPool:
+        except BaseException as stopped:    # whatever it is: the other runs would take hours to their end
             end(multiprocessing.active_children())
+            if not isinstance(stopped, BrokenProcessPool):
+                raise
             raise InputError(
                 "a run's process was killed, perhaps for want of memory; the same command resumes "
                 "here, with --jobs 1 for less of it") from None
-        except BaseException:           # whatever it is: the other runs would take hours to their end
-            end(multiprocessing.active_children())
-            raise
 
 
 def end(processes, patience=2):

@@ -459,6 +459,21 @@ def test_the_rate_grows_only_once_few_gates_are_open(monkeypatch):
         assert faster(c, settings(quicken=0.25)) == pytest.approx(want, rel=1e-6)
 
 
+def test_each_phase_chooses_its_threads(tmp_path, monkeypatch):
+    """A machine that is busy at the start of a run need not be busy at the start of LCDD."""
+    done = []
+
+    def noted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: done.append(name) or real(*a, **k))
+
+    noted(lcdd.machine, "set_threads")
+    noted(lcdd, "train_sft")
+    noted(lcdd, "train_lcdd")
+    lcdd.main(brief("--out", str(tmp_path / "r")))
+    assert done == ["set_threads", "train_sft", "set_threads", "train_lcdd"]
+
+
 @pytest.mark.parametrize("none", [dict(steps=0), dict(steps=None, epochs=0.0)])
 def test_no_step_at_all_is_refused(none):
     with pytest.raises(InputError, match="Alg. 1 needs one step at least"):

@@ -912,6 +912,18 @@ def test_refuses_files(copy):
         model.load(copy.path / "nowhere")
 
 
+@pytest.mark.parametrize("error", [
+    UnicodeDecodeError("utf-8", b"x", 0, 1, "no"), KeyError("x"), AssertionError()])
+def test_whatever_a_damaged_pickle_raises_is_one_sentence(copy, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    (copy.path / "model.safetensors").rename(copy.path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(InputError, match="pytorch_model.bin: not a readable file of tensors"):
+        model.load(copy.path)
+
+
 # ---- losses on logits
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])

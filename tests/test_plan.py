@@ -168,6 +168,17 @@ def test_memory_of_weights_and_moments():
     assert again["deltas, gradients and AdamW's moments"] == 8 * deltas
 
 
+@pytest.mark.parametrize("words, device, chunk", [
+    (151936, "cpu", 41), (10 ** 7, "cpu", 32), (151936, "cuda", 1024),
+])
+def test_no_more_logits_are_counted_than_are_made_at_a_time(words, device, chunk):
+    config = dataclasses.replace(CONFIG, vocab_size=words)
+    step = plan.Step(micro=1, tokens=0, supervised=5000, prefix=0, length=0)
+    o = settings("--dtype", "bfloat16")
+    o.device = device
+    assert plan.needed(config, step, o)["logits"] == 3 * 4 * chunk * words
+
+
 def test_recomputation_saves_memory():
     step = plan.Step(micro=1, tokens=1000, supervised=0, prefix=0, length=50)
     usual, less = (plan.needed(CONFIG, step, settings(*more)) for more in ([], ["--checkpoint"]))
