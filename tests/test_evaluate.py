@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -1151,3 +1152,36 @@ def test_what_cannot_be_drawn_does_not_end_an_evaluation(tmp_path, run, monkeypa
     drawn("fixed", run, tmp_path / "f.png")
     assert "no figure: Invalid bounding box" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# ---- the command lines
+
+def test_a_text_to_ask_is_a_text():
+    with pytest.raises(InputError, match="--ask -- names no text"):
+        evaluate.options(["--run", "r", "--ask=--"])
+
+
+def test_rows_without_a_name_are_not_all_of_them():
+    with pytest.raises(InputError, match="--rows names no row"):
+        ablate.main(["--rows", "--device", "cpu"])
+
+
+def test_teacher_forcing_tells_how_far_it_is(monkeypatch):
+    told = []
+    monkeypatch.setattr(evaluate, "ticker", lambda label, total: told.append((label, total)) or told.append)
+    net = make_net()
+    evaluate.own_answers(net, [[1, 2]] * 5, [[3]] * 5, {"base": (None, None)}, batch_size=2)
+    assert told == [("loss on the base's answers", 5), 0, 2, 4]
+
+
+def test_a_worker_keeps_to_one_thread_in_every_phase(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ablate.threading, "Thread", mock.Mock())
+    monkeypatch.setattr(torch, "set_num_threads", mock.Mock())
+    ablate.start_worker(1)
+    monkeypatch.setattr(ablate.lcdd.machine, "MOST", 2)
+    wide = mock.Mock(device=torch.device("cpu"))
+    wide.config.hidden_size = 4096
+    ablate.lcdd.machine.set_threads(wide)
+    assert [call.args for call in torch.set_num_threads.mock_calls] == [(1,)]
+    monkeypatch.delenv("OMP_NUM_THREADS")
