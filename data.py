@@ -366,13 +366,13 @@ def cut(samples, size, rng):
     return in_turn(rng.sample(samples, len(samples)))[:size]
 
 
-def without(samples, tests):
-    """The samples whose prompt is none of the tests'."""
-    keys = {prompt_key(s) for s in tests}
+def without(samples, others, why="test prompts: left out of training"):
+    """The samples whose prompt is none of the others'."""
+    keys = {prompt_key(s) for s in others}
     kept = [s for s in samples if prompt_key(s) not in keys]
     if len(kept) < len(samples):
-        print(f"note: {len(samples) - len(kept)} of {len(samples)} prompts are test prompts: "
-              "left out of training", file=sys.stderr)
+        print(f"note: {len(samples) - len(kept)} of {len(samples)} prompts are {why}",
+              file=sys.stderr)
     return kept
 
 

@@ -28,7 +28,7 @@ from files import InputError, write_json, write_text
 from metrics import METRICS, NAMES, NOTES, called, compare, table
 from parallel import add_up, share
 from console import Parser, check_device, check_numbers, cli, markdown, ticker
-from run import load_model, look_into, read_results, reopen
+from run import load_model, look_into, other_tests, read_results, reopen
 
 # ---- teacher-forced measures
 
@@ -238,6 +238,7 @@ def options(argv=None):
     either("--dose", action="store_true",
            help="only the dose-response: the carrier's delta times 0, 0.25, …, 1")
     either("--compare", nargs="+", metavar="RUN", help="only print evaluated runs in one table")
+    a("--test", help="a file of other test prompts than the run's; its table is results-FILE.md")
     a("--no-eos", action="store_true",
       help="leave the end-of-text token out of the KLs and losses (it counts)")
     a("--seed", type=int,
@@ -248,6 +249,8 @@ def options(argv=None):
         raise InputError("--ask -- names no text; put a text that begins with a dash as --ask=-…")
     if bool(o.run) == bool(o.compare):
         raise InputError("give either --run or --compare")
+    if o.test and (o.ask or o.compare):
+        raise InputError("--test names prompts to measure on; leave it out beside --ask and --compare")
     check_numbers(o)
     check_device(o.device)
     return o
@@ -346,11 +349,36 @@ def below_the_table(results):
     """What the numbers are, and the run's other ones."""
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
     eos = "counts" if results["eos"] else "is left out"
+    of = f" of {results['test']}" if "test" in results else ""
     return NOTES.format(eos=eos) + (
-        f"\n\n{results['prompts']} held-out prompts, 95 % confidence intervals in brackets; "
+        f"\n\n{results['prompts']} held-out prompts{of}, 95 % confidence intervals in brackets; "
         f"gates off {results['sparsity']:.3f}, entries of Δ off {results['entries_off']:.3f}; "
         f"gates shut is the base bit for bit: {'yes' if results['shut_is_base'] else 'NO'}; "
         f"seconds: {seconds}")
+
+
+def all_rows(run, o, net, chat, config, samples, carrier, conditions):
+    """
+    measure() of the conditions and of the gates shut, and whether those are the base bit for bit.
+    Answers to the run's own test prompts are kept in its directory.
+    """
+    length, answers = config["max_new_tokens"], {}
+    if not o.test:
+        origin = answered.origins(run, net, chat, samples, length, config["max_len"])
+        answers = answered.read(run, origin)
+    # the switch: gates shut is the base
+    shut = carrier.with_gates(False).merge(net)
+    same = is_base(net, chat, config, samples[:32], shut)
+    if not same:
+        conditions["shut"] = (shut, None)
+    rows = measure(net, chat, config["task"], samples, conditions, length, config["max_len"], answers,
+                   eos=not o.no_eos)
+    if not o.test:
+        answered.write(run, answers, origin)
+    if same:
+        rows["shut"] = as_base(rows["base"], samples)
+    chat.say_cut("prompts", config["max_len"])
+    return rows, same
 
 
 def main(argv=None):
@@ -364,37 +392,29 @@ def main(argv=None):
     if o.seed not in (None, config["seed"]):
         raise InputError(f"--seed {o.seed}: this run was split with seed {config['seed']}; "
                          "another one would test on training prompts")
-    samples, before = splits["test"], read_results(run)
-    for entry in ("trigger", *(metric.entry for metric in METRICS)):    # of an evaluation before
-        before.pop(entry, None)
+    samples, name = splits["test"], "results"
+    if o.test:
+        samples, name = other_tests(o.test, config, chat, splits), f"results-{Path(o.test).stem}"
     net = load_model(chat, o.device, config["dtype"])
     carrier, conditions, found = conditions_of(run, net, o.trigger)
     if o.dose:
         return show_doses(net, chat, config, samples, carrier)
-
-    length = config["max_new_tokens"]
-    origin = answered.origins(run, net, chat, samples, length, config["max_len"])
-    answers = answered.read(run, origin)
-    # the switch: gates shut is the base
-    shut = carrier.with_gates(False).merge(net)
-    same = is_base(net, chat, config, samples[:32], shut)
-    if not same:
-        conditions["shut"] = (shut, None)
-    rows = measure(net, chat, config["task"], samples, conditions, length, config["max_len"], answers,
-                   eos=not o.no_eos)
-    answered.write(run, answers, origin)
-    if same:
-        rows["shut"] = as_base(rows["base"], samples)
-    chat.say_cut("prompts", config["max_len"])
+    before = read_results(run)
+    rows, same = all_rows(run, o, net, chat, config, samples, carrier, conditions)
+    for entry in ("trigger", *(metric.entry for metric in METRICS)):    # of an evaluation before
+        before.pop(entry, None)
     results = {"task": config["task"]} | before | found | carrier.stats() | results_of(rows, samples)
     results["shut_is_base"] = same
     results["eos"] = not o.no_eos
+    if o.test:
+        results["test"] = Path(o.test).name
     results["seconds"]["evaluate"] = round(time.time() - start, 2)
     text = table(results, config["task"]) + "\n\n" + below_the_table(results)
-    write_json(run / "results.json", results)
-    write_text(run / "results.md", text + "\n")
+    write_json(run / f"{name}.json", results)
+    write_text(run / f"{name}.md", text + "\n")
     print("\n" + text)
-    figure.draw(run, results, carrier, run / "figure.png")
+    if not o.test:
+        figure.draw(run, results, carrier, run / "figure.png")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import random
 import re
 import time
 from pathlib import Path
@@ -16,8 +17,8 @@ import machine
 import model
 import parallel
 from chat import Chat
-from data import (SIZES, SUFFIXES, check_patterns, judged_by, read, read_tests, split,
-                  task_name)
+from data import (SIZES, SUFFIXES, check_patterns, cut, judged_by, read, read_tests, split,
+                  task_name, unique_prompts, without)
 from files import (COUNT, NUMBER, PARTIAL, TEXT, InputError, check_fields,
                    fingerprint, read_header, read_json, write_json)
 
@@ -137,18 +138,42 @@ def prepare(chat, task, path, seed, sizes, tests=None, pattern=None):
     samples, own_tests = read(sources[0], task), []
     if tests:
         sources.append(locate_data(tests))
-        own_tests = read_tests(sources[1], task)
+        own_tests = tests_of(sources[1], task, pattern)
     if pattern:
-        samples, own_tests = judged_by(samples, pattern), judged_by(own_tests, pattern)
+        samples = judged_by(samples, pattern)
     check_patterns(task, samples)
-    for s in own_tests:
-        if task_name(task) == "own" and not (s.response or s.pattern):
-            raise InputError(f"{tests}: nothing judges the answer to {s.prompt[:60]!r}; give the "
-                             "test rows a response or a pattern, or all of them a --pattern")
     parts = split(samples, seed, sizes, own_tests)
     for part in parts.values():
         chat.expect(s.prompt for s in part)
     return parts, sources
+
+
+def tests_of(path, task, pattern=None):
+    """The samples of a file of test prompts. Raises InputError where nothing judges an answer."""
+    samples = read_tests(path, task)
+    if pattern:
+        samples = judged_by(samples, pattern)
+    for s in samples:
+        if task_name(task) == "own" and not (s.response or s.pattern):
+            raise InputError(f"{path}: nothing judges the answer to {s.prompt[:60]!r}; give the "
+                             "test rows a response or a pattern, or all of them a --pattern")
+    return samples
+
+
+def other_tests(path, config, chat, splits):
+    """
+    Test prompts out of another file than the run's: at most as many, and none that the run has
+    trained or been chosen on. Raises InputError where none is left.
+    """
+    samples = unique_prompts(tests_of(locate_data(path), config["task"], config.get("pattern")))
+    seen = splits["train"] + splits["trigger"] + splits["validation"]
+    left = without(samples, seen, "known to the run: left out")
+    if not left:
+        raise InputError(f"{path}: the run was trained or chosen on every prompt of it; "
+                         "name another file with --test")
+    left = cut(left, config["n_test"], random.Random(config["seed"]))
+    chat.expect(s.prompt for s in left)
+    return left
 
 
 def source_of(folder, task, path):

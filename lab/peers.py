@@ -31,7 +31,7 @@ GOALS = {
     "step_fp32": "LCDD at 10 % open ≤ 0.17 × transformers' plain SFT in fp32",
     "step_bf16": "≤ 0.40 × the same in bf16",
     "memory": "memory ≤ its",
-    "generation": "generation ≥ 2 × as fast",
+    "generation": "generation ≥ 2 × as fast as its faster dtype",
 }
 
 
@@ -277,7 +277,7 @@ def against_goals(step, generation):
         "step_bf16": step["to_bf16"][ours],
         "memory": size / their["transformers fp32"],
         "memory_bf16": size / their["transformers bf16"],
-        "generation": 1 / generation["to_bf16"]["ours"],
+        "generation": 1 / max(generation["to_fp32"]["ours"], generation["to_bf16"]["ours"]),
     }
     print()
     for name, goal in GOALS.items():

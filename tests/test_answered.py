@@ -9,7 +9,7 @@ import answered
 import lcdd
 from carrier import load
 from files import InputError, read_header, read_json, write_json
-from helpers import brief
+from helpers import brief, jsonl
 from run import load_model, reopen
 
 
@@ -90,6 +90,31 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch, undraw
     assert len(asked) == 3
     again = read_json(trained / "results.json")
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_other_test_prompts_have_a_table_of_their_own(trained, tmp_path, capsys, undrawn):
+    evaluate.main(["--run", str(trained), "--device", "cpu"])
+    kept = {f: (trained / f).read_bytes() for f in (answered.FILE, "results.json", "results.md")}
+    splits = reopen(trained)[2]
+    known, new = splits["train"][0].prompt, ["Say hello .", "Tell me what is blue ."]
+    other = tmp_path / "other.jsonl"
+    jsonl(other, [{"prompt": p} for p in [known, *new]])
+    capsys.readouterr()
+    evaluate.main(["--run", str(trained), "--device", "cpu", "--test", str(other)])
+    said = capsys.readouterr()
+    assert "1 of 3 prompts are known to the run: left out" in said.err
+    assert "2 held-out prompts of other.jsonl" in said.out
+    assert read_json(trained / "results-other.json")["prompts"] == 2
+    assert kept == {f: (trained / f).read_bytes() for f in kept}
+
+
+def test_test_prompts_that_the_run_knows_are_refused(trained, tmp_path):
+    known = tmp_path / "known.jsonl"
+    jsonl(known, [{"prompt": s.prompt} for s in reopen(trained)[2]["validation"]])
+    with pytest.raises(InputError, match="trained or chosen on every prompt of it"):
+        evaluate.main(["--run", str(trained), "--device", "cpu", "--test", str(known)])
+    with pytest.raises(InputError, match="--test names prompts to measure on"):
+        evaluate.main(["--run", str(trained), "--test", str(known), "--ask", "hello"])
 
 
 def test_without_sft_the_rest_is_measured(trained, tmp_path, capsys, undrawn):

@@ -173,6 +173,8 @@ def test_beside_peers(peers, capsys):
     assert found["generation"]["same"]["transformers fp32"] == 1
     assert set(found["goals"]) == {"step_fp32", "step_bf16", "memory", "memory_bf16", "generation"}
     assert sum(line.startswith("## ") for line in out) == 3
+    against = found["generation"]["to_fp32"]["ours"], found["generation"]["to_bf16"]["ours"]
+    assert found["goals"]["generation"] == 1 / max(against)
 
 
 def test_peers_train_what_we_train(peers):
