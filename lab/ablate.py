@@ -3,7 +3,7 @@
     python -m lab.ablate --seeds 3        all three behaviours of the embedded model: Tables 1–4 and 6
     python -m lab.ablate --run runs/mine  the same rows for a run of your own
 
-A fallen rate proves little by itself (a random prefix breaks refusal too), so every row also says
+A fallen rate proves little by itself (a prefix that learned nothing may move it too), so every row also says
 how often the answer is right again, how often it is the base's own to the last token, and how far
 the distributions are. Every finished row is kept in ablation.json beside the run; the command
 resumes where it stopped.
@@ -280,9 +280,10 @@ class Run:
         o.seed, o.objective, o.length = self.config["seed"], objective, length or o.length
         if objective == "slow":  # two tokens that learn at a tenth of the rate
             o.objective, o.length, o.lr = "circuit", 2, o.lr / 10
-        if objective == "paper":
+        if objective in ("paper", "paper-output"):
             o = eraser.options(["--run", str(self.folder), "--device", self.o.device, "--preset", "paper"])
             o.seed = self.config["seed"]
+            o.objective = "output" if objective == "paper-output" else "circuit"
         weights = self.model(name)  # first: it may make the carrier whose channels these are
         mask = eraser.channels(self.carriers.get(name, self.lcdd), o.objective, o.seed)
         return eraser.learn(self.net, weights, *self.base_targets(o, name, weights), mask, o)[0]
@@ -506,8 +507,7 @@ def command(folder, settings, o):
     skipped = ("data_fingerprint", "base_fingerprint", "chat_fingerprint", "versions", "made",
                "device")
     argv = ["--out", folder, "--resume", "--go-on", "--device", o.device]
-    if settings.get("brake") is False:
-        argv.append("--no-brake")
+    argv += [f"--no-{name}" for name in ("brake", "paired") if settings.get(name) is False]
     for name, value in settings.items():
         if name in skipped or value is None or value is False:
             continue

@@ -14,12 +14,15 @@ from lab import significance
 from console import markdown
 
 CHOICES = ("noise circuit", "blind circuit", "floor-0 circuit",
-           "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2")
+           "lcdd circuit 2", "noise circuit 2", "blind circuit 2", "floor-0 circuit 2",
+           "floor-0 circuit 1")
 TABLE_4 = ("lcdd circuit", "lcdd output", "sft circuit", "sft output")
 TABLE_6 = ("mask-ce circuit", "mask-kl circuit")
 CONTROLS = ("lcdd random", "lcdd tokens", "sft tokens", "base trigger", "scaled circuit",
             "sft-long circuit")
-F_3 = ("lcdd paper", "sft paper", "mask-ce paper", "mask-kl paper")  # triggers with the paper's settings
+# triggers with the paper's settings, with Eq. 7 and without
+F_3 = ("lcdd paper", "lcdd paper-output", "sft paper", "sft paper-output", "mask-ce paper",
+       "mask-kl paper")
 CURVE = {
     "lcdd": "LCDD",
     "sft": "plain SFT",
@@ -40,6 +43,9 @@ COMPARED = (
     *((f"lcdd {kind}", f"{mask} {kind}", ("rate", "same", "kl_base", "kl_own"))
       for kind in ("circuit", "paper") for mask in ("mask-ce", "mask-kl")),
     ("lcdd paper", "sft paper", ("rate", "same", "kl_base", "kl_own")),
+    # Sec. 4.3's finding 2: is Eq. 7 what does it?
+    ("lcdd paper", "lcdd paper-output", ("rate", "same", "kl_base", "kl_own")),
+    ("sft paper", "sft paper-output", ("rate", "same", "kl_base", "kl_own")),
     # loss or sparsity? and who chose the gates?
     ("lcdd circuit", "scaled circuit", ("rate", "same", "kl_own")),
     ("lcdd", "noise", ("sparsity", "dice")),
@@ -48,7 +54,8 @@ COMPARED = (
     ("lcdd tokens", "lcdd", ("rate",)),
     ("sft tokens", "sft", ("rate",)),
 )
-SHORT = (("lcdd", "sft"), ("lcdd", "scaled"), ("scaled", "sft"), ("lcdd", "floor-0"), ("floor-0", "sft"))
+SHORT = (("lcdd", "sft"), ("lcdd", "scaled"), ("scaled", "sft"), ("lcdd", "floor-0"), ("floor-0", "sft"),
+         ("lcdd", "noise"), ("lcdd", "blind"))
 
 # The paper, Tables 1–3: sparsity %, behaviour (rate %, refusal %, judge's score 0–5) of base, SFT,
 # LCDD and trigger, KL SFT‖LCDD, SFT‖Trig, Base‖Trig
@@ -246,7 +253,8 @@ SHARES = {metric.key for metric in metrics.METRICS if metric.share} | {"sparsity
 
 def compared(lengths):
     """COMPARED, and the curve's models at each length."""
-    short = [(f"{a} circuit {n}", f"{b} circuit {n}", ("rate",)) for n in lengths for a, b in SHORT]
+    metrics_of = ("rate", "accuracy", "same")
+    short = [(f"{a} circuit {n}", f"{b} circuit {n}", metrics_of) for n in lengths for a, b in SHORT]
     return [*COMPARED, *short]
 
 

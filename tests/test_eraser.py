@@ -513,6 +513,17 @@ def test_the_rate_is_a_cosine_in_units_of_the_embedding(monkeypatch):
     )
 
 
+def test_a_constant_rate_stays(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step",
+        lambda self, *a: rates.append(self.param_groups[0]["lr"]) or step(self, *a)
+    )
+    eraser.learn(*pieces(), settings(steps=6, schedule="constant"))
+    assert len(rates) == 6
+    assert len(set(rates)) == 1
+
+
 def test_every_step_has_its_own_prompts_and_the_loss_that_is_judged(monkeypatch):
     net, weights, train, judge, mask = pieces()
     loss, calls = eraser.trigger_loss, []

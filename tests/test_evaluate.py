@@ -483,6 +483,12 @@ def test_bootstrap_stays_where_the_values_are():
     assert evaluate.bootstrap(torch.full((5,), 2.0)) == [2.0, 2.0]
 
 
+def test_a_metrics_interval_is_the_bootstraps():
+    values = torch.tensor([0.0] * 30 + [9.0])
+    metric = next(m for m in evaluate.METRICS if m.key == "kl_own")
+    assert evaluate.interval(metric, {"kl_own": values}, []) == evaluate.bootstrap(values)
+
+
 def test_accuracys_interval_counts_prompts_with_an_answer():
     samples = [
         Sample("a", "x", answer="1"), Sample("b", "x", answer="2"), Sample("c", "x"),
@@ -960,7 +966,9 @@ def test_a_row_with_the_papers_trigger(run, monkeypatch):
     )
     r.trigger("lcdd", "paper", 0)
     r.trigger("lcdd", "circuit", 0)
-    (paper, final), (ours, response) = seen
+    r.trigger("lcdd", "paper-output", 0)
+    assert (seen[-1][0].objective, seen[-1][0].lr) == ("output", 0.003)
+    (paper, final), (ours, response) = seen[:2]
     assert eraser.PRESETS["paper"].items() <= vars(paper).items()
     assert (paper.objective, paper.target) == ("circuit", "lcdd")
     assert ours.positions == "both"
@@ -1006,6 +1014,14 @@ def test_differences_carry_a_test():
     )
     assert (second["mean"], second["at 5%"]) == ("+0.0", "not significant")
     assert tables.difference_table(seeds[:1], [2]) == ""
+
+
+def test_a_difference_is_called_one_by_the_paired_test():
+    """The same step in every seed, beside seeds that differ among themselves."""
+    before, after = [0.10, 0.50, 0.90], [0.20, 0.61, 1.00]
+    assert significance.paired(after, before)[2] < 0.05 < significance.welch(after, before)[2]
+    seeds = [{"lcdd circuit": {"rate": a}, "sft circuit": {"rate": b}} for a, b in zip(after, before)]
+    assert columns(tables.difference_table(seeds, []), 0)["at 5%"] == "significant"
 
 
 def test_differences_of_safety_are_of_harmful_prompts():
