@@ -76,16 +76,17 @@ def check_sft(net, chat, o, sft, samples):
                  "train on with --go-on")
 
 
-def check_lcdd(results, scores):
+def check_lcdd(results, scores, joint=True):
     """
     One sentence about what went wrong in phase 2, or None: budget not kept, hardly pruned,
-    behaviour lost.
+    behaviour lost. joint: Δ was trained with the gates.
     """
     stopped, sft, lcdd = results["stopped"], scores["sft"], scores["lcdd"]
     if stopped.get("within") is False and stopped.get("budget") is not None:
+        more = "give it more --settle steps, or " if joint else ""
         return (f"the budget is not kept: the carrier's loss is {stopped['loss']:.4g} nats a "
-                f"token, ε is {stopped['budget']:.4g}; give it more --settle steps, or prune less "
-                "with a lower --rho and --floor")
+                f"token, ε is {stopped['budget']:.4g}; {more}prune less with a lower --rho and "
+                "--floor")
     if results["sparsity"] < 0.05:
         return (f"hardly pruned: {results['sparsity']:.1%} of the gates are off; give it more "
                 "--steps, or a larger budget with --rho and --floor")

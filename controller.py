@@ -9,7 +9,7 @@ import statistics
 import torch
 
 from settings import pull
-from training import linear, warmup_steps
+from training import draw, linear, losses, warmup_steps
 
 FEW = 4608      # open gates from which on Δ's rate grows: those that the embedded model has in all
 
@@ -25,6 +25,7 @@ class Controller:
         self.budget = None                                  # ε, None during warm-up
         self.start = None                                   # the average when ε was set
         self.reference = None                               # the same, at least ε's floor: for EarlyStop
+        self.highest = o.lambda0                            # λ so far
 
     def warm(self, t):
         """min(1, t/T_w): from 0 to 1 over the warm-up."""
@@ -72,6 +73,15 @@ class Controller:
         eta = o.eta if v > 0 else o.eta_grow
         self.lam *= math.exp(min(-eta * v, 700))            # 700: where exp() overflows
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
+        self.highest = max(self.highest, self.lam)
+
+    def recovers(self):
+        """
+        Is the loss within ε and λ on its way back up, after a fall to less than half? Gates rest
+        meanwhile, and will shut again. Not in the paper, whose λ counts as it is.
+        """
+        within = self.budget is not None and self.ema < self.budget
+        return self.o.brake and within and self.lam < self.highest / 2
 
     def fits(self, loss):
         """Are both the loss and its average within the budget?"""
@@ -80,6 +90,39 @@ class Controller:
     def state(self):
         """What changes from step to step, for a saved state."""
         return {k: v for k, v in vars(self).items() if k != "o"}
+
+
+class Chance:
+    """
+    What of a batch's loss comes of the choice of its samples: SFT's loss on them, beyond its loss on
+    all. Taken off (a control variate) the mean stays, and batches that are hard by chance no longer
+    cross an ε that is only ρ above a loss far from 0. Where SFT's loss is under `floor` there is
+    next to nothing to take off, and it is not measured.
+    """
+
+    def __init__(self, losses=None):
+        """`losses` (n, 2), float64: SFT's, sample by sample (training.losses), 0 where unseen."""
+        self.losses = losses
+
+    @classmethod
+    def measured(cls, net, carrier, examples, o, pad_id):
+        """Of the samples that Alg. 1 draws, by the carrier as SFT leaves it."""
+        n = len(examples)
+        first = draw(examples, 2 * o.batch, 0, o.seed + 1)
+        loss, tokens = losses(net, carrier, first, pad_id, o.micro_batch).sum(0).tolist()
+        if not o.paired or loss / tokens <= o.floor:
+            return cls()
+        drawn = sorted(set(draw(range(n), o.batch * o.steps, 0, o.seed + 1)))
+        found = torch.zeros(n, 2, dtype=torch.float64)
+        found[drawn] = losses(net, carrier, [examples[i] for i in drawn], pad_id, o.micro_batch)
+        return cls(found)
+
+    def of(self, batch):
+        """For samples by their numbers, in nats a token. 0 where nothing was measured."""
+        if self.losses is None:
+            return 0.0
+        (some, tokens), (every, all_tokens) = self.losses[batch].sum(0), self.losses.sum(0)
+        return float(some / tokens - every / all_tokens)
 
 
 class Selection:
@@ -122,10 +165,10 @@ class EarlyStop:
         self.o, self.total, self.points = o, total, []
         self.stalled = self.over = 0                        # log points in a row
 
-    def update(self, n_open, loss, reference):
+    def update(self, n_open, loss, reference, recovers=False):
         """
-        Take in a log point; `reference`: the loss after warm-up, None before. Returns the reason to
-        stop, or None.
+        Take in a log point; `reference`: the loss after warm-up, None before; `recovers`: λ is on its
+        way back, and gates that rest are no stall. Returns the reason to stop, or None.
         """
         o = self.o
         if reference is None:
@@ -135,7 +178,7 @@ class EarlyStop:
             return None
         before, _ = self.points[-1 - o.window]
         stalled = n_open > (1 - o.stall) * before
-        self.stalled = self.stalled + 1 if stalled else 0
+        self.stalled = self.stalled + 1 if stalled and not recovers else 0
         median = statistics.median(loss for _, loss in self.points[-o.window:])
         over = o.over is not None and median > (1 + o.over) * reference
         self.over = self.over + 1 if over else 0

@@ -30,7 +30,7 @@ import plan
 import training
 from carrier import Carrier, penalty
 from checks import check_lcdd, check_memory, check_sft, rates_of, results_table, say_unknown
-from controller import (Controller, EarlyStop, Selection, faster, hold_back, rate_of_delta,
+from controller import (Chance, Controller, EarlyStop, Selection, faster, hold_back, rate_of_delta,
                         reopen_last)
 from files import Failed, InputError, fingerprint, read_json, write_json, write_text
 from console import Interrupted, check_processes, cli, made_by, patient, resume_command
@@ -76,7 +76,8 @@ def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted
         settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, interrupted)
     else:
         some = training.probe(examples, o)
-        found["loss"] = training.mean_loss(net, carrier, some, pad_id, o.micro_batch, teacher)
+        found["loss"] = training.mean_loss(net, carrier, some, pad_id, o.micro_batch, teacher,
+                                           o.train == "mask-kl-true")
     found["within"] = found["budget"] is not None and found["loss"] <= found["budget"]
     return found
 
@@ -96,16 +97,20 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
     start, kept = 0, None                                   # kept: (step, logits), for gates alone
     if saved:
         start, kept = restore(saved, controller, selection, early)
+        chance = chance_of(saved, len(examples))
+    else:
+        chance = Chance.measured(net, carrier, examples, o, pad_id) if joint else Chance()
     progress, reason = training.Progress(run, "lcdd", o.steps, start), "all steps done"
     for t in range(start, o.steps):
         # L_task(m, Δ), and its gradients by Δ and m
-        batch = training.draw(examples, o.batch, t, o.seed + 1)
+        samples = training.draw(range(len(examples)), o.batch, t, o.seed + 1)
+        batch = [examples[i] for i in samples]
         loss = training.gradients(net, carrier, batch, o.micro_batch, pad_id, teacher, divergence)
         training.guard(loss, "lcdd", t, state)
 
         stop = interrupted()
         if t % o.save_every == 0 or stop:                   # as it stood before this step
-            save_pruning(state, carrier, optimizer, t, controller, selection, early, kept)
+            save_pruning(state, carrier, optimizer, t, controller, selection, early, chance, kept)
         if stop:
             raise training.Stopped
 
@@ -114,7 +119,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         (controller.weight(t) * penalty(carrier.logits)).backward()
 
         # ema of L; ε when warm-up ends; from then on λ
-        controller.update(t, loss)
+        controller.update(t, loss - chance.of(samples))
         if not joint and controller.fits(loss):
             kept = t, carrier.logits.detach().clone()       # the gates that `loss` is the loss of
 
@@ -131,7 +136,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         # early stop: stalled, or over-pruned
         if (t + 1) % o.log_every == 0 or t + 1 == o.steps:
             n_open = log_pruning(progress, t, loss, controller, carrier.stats())
-            verdict = early.update(n_open, loss, controller.reference)
+            verdict = early.update(n_open, loss, controller.reference, controller.recovers())
             if verdict:
                 progress.meter.close()
                 print(f"lcdd: {verdict}", flush=True)
@@ -159,17 +164,21 @@ def take_kept(carrier, kept):
         return {}
     step, logits = kept
     carrier.logits.data.copy_(logits)
-    print(f"lcdd: the gates of step {step + 1} are kept, the last within the budget", flush=True)
+    print(f"lcdd: the gates of step {step + 1} are kept, the last whose batch was within the budget",
+          flush=True)
     return {"kept": step + 1}
 
 
-def save_pruning(path, carrier, optimizer, t, controller, selection, early, kept):
+def save_pruning(path, carrier, optimizer, t, controller, selection, early, chance, kept):
     """The state of Alg. 1 before step t."""
     extra, kept_step = {"mean": selection.mean}, None
+    n_chance = None
+    if chance.losses is not None:
+        n_chance, extra["chance"] = len(chance.losses), chance.losses
     if kept is not None:
         kept_step, extra["kept"] = kept
     training.save_state(
-        path, carrier, optimizer, extra, phase="lcdd", step=t, kept_step=kept_step,
+        path, carrier, optimizer, extra, phase="lcdd", step=t, kept_step=kept_step, chance=n_chance,
         controller=controller.state(), early=early.state())
 
 
@@ -184,6 +193,15 @@ def restore(saved, controller, selection, early):
     if saved.get("kept_step") is None:
         return saved["step"], None
     return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
+
+
+def chance_of(saved, n):
+    """The Chance of a saved state, for n samples."""
+    losses = saved["extra"].get("chance")
+    if losses is not None and len(losses) != n:
+        raise InputError(f"state.safetensors: chance has {len(losses)} samples, and there are {n}; remove "
+                         "it to start this phase again")
+    return Chance(losses)
 
 
 def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, interrupted):
@@ -391,7 +409,7 @@ def report(o, net, chat, samples, run, results, conditions):
     write_text(run / "results.md", text + "\n")
     print(f"\n{text}\n\n{len(samples)} held-out prompts. Open gates that the initial noise alone "
           f"had put first: {dice['share']:.1%} (chance {dice['chance']:.1%}).")
-    wrong = check_lcdd(results, scores)
+    wrong = check_lcdd(results, scores, o.train == "joint")
     if wrong and not o.go_on:
         raise Failed(wrong)
     print(f"Next: python eraser.py --run {run}")

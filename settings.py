@@ -30,7 +30,7 @@ PAPER = dict(
     n_train=5000, n_trigger=200, max_len=512, max_new_tokens=128,
     loss="all", batch=32, micro_batch=8, clip=1.0,
     sft_epochs=3, sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, quicken=0.0, sure=0.0, settle=0,
-    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, pace=0.0,
+    gate_lr=0.1, gate_mean=1.5, gate_std=0.5, select=0.0, brake=False, paired=False, pace=0.0,
     floor=0.0, lambda_min=1e-6, lambda_max=10.0, violation_clip=0.0,
     log_every=10, window=20, patience=3, stall=0.01, over=0.35)
 # "For Qwen and Vicuna safety and Shakespeare runs" is read as: Qwen's and Vicuna's safety runs, and
@@ -190,6 +190,9 @@ def add_lcdd(p):
       help="how far each layer has a scale of its own for that: 0, one for all; 1, its own (0.5)")
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
+    a("--paired", action=argparse.BooleanOptionalAction, default=True,
+      help="where SFT's loss is above --floor, SFT's own losses on the same samples take out of a batch's "
+      "loss what comes of their choice (on; the paper: off)")
     a("--pace", type=float, default=0.05,
       help="at most this share of the open gates shuts in a step (0.05; 0: as many as come, "
       "the paper)")

@@ -28,9 +28,9 @@ SLOPE = {"step": COUNT, "end": COUNT, "fall": [COUNT, NUMBER], "average": NUMBER
 STATES = {
     "sft": SLOPE,
     "lcdd": {
-        "step": COUNT, "kept_step": (None, COUNT), "log": COUNT,
+        "step": COUNT, "kept_step": (None, COUNT), "chance": (None, COUNT), "log": COUNT,
         "controller": {"lam": NUMBER, "raw": NUMBER, "ema": NUMBER, "budget": MAYBE, "start": MAYBE,
-                       "reference": MAYBE},
+                       "reference": MAYBE, "highest": NUMBER},
         "early": {"total": COUNT, "points": [[COUNT, NUMBER]], "stalled": COUNT, "over": COUNT}},
     "settle": SLOPE | {
         "tries": COUNT,
@@ -95,17 +95,39 @@ def gradients(net, carrier, batch, micro_batch, pad_id, teacher=None, divergence
 
 
 @torch.no_grad()
-def mean_loss(net, weights, examples, pad_id, micro_batch, teacher=None):
+def mean_loss(net, weights, examples, pad_id, micro_batch, teacher=None, divergence=False):
     """
     The task loss of a carrier or frozen weights in nats a token, teacher-forced, over many samples:
-    Eq. 4's left side.
+    Eq. 4's left side. teacher, divergence: as in task_loss().
     """
     total, tokens, examples = 0, 0, share(examples)
     for i in range(0, len(examples), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(examples[i:i + micro_batch], pad_id))
-        total += float(task_loss(net, weights, ids, mask, teacher))
+        total += float(task_loss(net, weights, ids, mask, teacher, divergence))
         tokens += int(mask[:, 1:].sum())
     return summed(total) / summed(tokens)
+
+
+@torch.no_grad()
+def losses(net, weights, examples, pad_id, micro_batch):
+    """
+    Sample by sample: the task loss summed over its tokens, and how many these are. (n, 2), float64
+    """
+    found = torch.zeros(len(examples), 2, dtype=torch.float64)
+
+    def piece(h, y):
+        return F.cross_entropy(model.wide(net.head(h)), y, reduction="none")            # (chunk)
+
+    for i in range(0, len(examples), micro_batch):
+        ids, mask = (t.to(net.device) for t in collate(examples[i:i + micro_batch], pad_id))
+        keep = mask[:, 1:]                                                              # (B, T-1)
+        hidden = net.hidden(ids[:, :-1], weights, keep=keep).split(net.chunk)
+        target = ids[:, 1:][keep].split(net.chunk)
+        each = torch.cat([piece(h, y) for h, y in zip(hidden, target)])                 # (N)
+        counts = keep.sum(1)                                                            # (B)
+        for k, of_one in enumerate(each.double().split(counts.tolist())):
+            found[i + k] = torch.tensor([of_one.sum(), len(of_one)])
+    return found
 
 
 # ------------------------------------------------------------------------------------ the batches
@@ -253,6 +275,9 @@ def like_state(carrier, params, metadata, tensors):
         like["extra.mean"] = carrier.logits
         if metadata.get("kept_step") is not None:
             like["extra.kept"] = carrier.logits
+        if metadata.get("chance"):
+            size_of = metadata["chance"], 2
+            like["extra.chance"] = torch.empty(size_of, dtype=torch.float64, device="meta")
     if any(name.startswith("adam.") for name in tensors):
         for i, p in enumerate(params):
             like |= {f"adam.{i}.exp_avg": p, f"adam.{i}.exp_avg_sq": p}

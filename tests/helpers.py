@@ -87,8 +87,8 @@ def training_settings(**changes):
     o = lcdd.options(["--model", "none"])
     vars(o).update(
         dict(
-            select=0.0, brake=False, pace=0.0, quicken=0.0, floor=0.06, rho=0.3, sure=0.0, sft_lr=5e-4,
-            settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
+            select=0.0, brake=False, paired=False, pace=0.0, quicken=0.0, floor=0.06, rho=0.3, sure=0.0,
+            sft_lr=5e-4, settle=4, lambda_max=0.2, batch=8, micro_batch=8, steps=24, warmup=6, log_every=4,
             save_every=5, lr=1e-2, gate_lr=5.0, lambda0=0.05, sft_steps=6
         ),
         **changes,

@@ -23,7 +23,7 @@ import model
 import training
 from carrier import Carrier
 from chat import collate
-from controller import Controller, EarlyStop, Selection, faster, hold_back, reopen_last
+from controller import Chance, Controller, EarlyStop, Selection, faster, hold_back, reopen_last
 from files import InputError, fingerprint, load_tensors, read_json, read_jsonl, write_json
 from run import read_results, reopen
 from settings import PRESETS, fit, pull
@@ -187,6 +187,23 @@ def test_a_loss_below_its_start_is_no_more_than_room():
 def test_beyond_the_budget_the_penalty_turns_round():
     assert braked(3.25) == pytest.approx(-0.25)
     assert braked(99.0) == -1.0
+
+
+def test_lambda_on_its_way_back_is_no_stall():
+    c = controller(brake=True, rho=0.5, beta=0.0, lambda_min=0.1)
+    for t in range(4):
+        c.update(t, 2.0)
+    assert not c.recovers()
+    for t in range(4, 14):
+        c.update(t, 9.0)                                          # far over ε = 3: λ falls to e⁻¹
+    assert c.lam < c.highest / 2
+    assert not c.recovers()                                       # and is still falling
+    c.update(14, 2.0)
+    assert c.recovers()
+    c.lam = 0.6 * c.highest
+    assert not c.recovers()
+    c.lam, c.o.brake = 0.1, False
+    assert not c.recovers()
 
 
 def test_with_the_brake_lambda_moves_by_what_is_left_of_the_slack():
@@ -374,11 +391,75 @@ def test_early_stop_when_stalled_but_not_before_pruning_begins():
     assert not any(early.update(800 - 10 * k, 1.0, 1.0) for k in range(30))
 
 
+def test_gates_that_rest_while_lambda_recovers_do_not_stall():
+    early = EarlyStop(settings(window=4, patience=3, stall=0.01), total=1000)
+    assert not any(early.update(500, 1.0, 1.0, recovers=True) for _ in range(20))
+    assert "stalled" in [early.update(500, 1.0, 1.0) for _ in range(3)][2]
+
+
 def test_early_stop_when_over_pruned():
     early = EarlyStop(settings(window=4, patience=3, over=0.35), total=1000)
     said = [early.update(900 - 50 * k, 1.3 if k < 5 else 1.4, 1.0) for k in range(12)]
     assert said.index(next(s for s in said if s)) == 9
     assert "over-pruned" in said[9]   # medians at points 8, 9, 10 exceed 1.35
+
+
+# ---- what of a loss comes of the choice of samples
+
+def test_losses_are_those_of_single_samples():
+    net, c = fresh()
+    some = examples(7)
+    found = training.losses(net, c, some, 0, micro_batch=3)
+    assert found.shape == (7, 2)
+    for (loss, tokens), sample in zip(found.tolist(), some):
+        assert loss / tokens == pytest.approx(training.mean_loss(net, c, [sample], 0, 1), abs=1e-12)
+        assert tokens == sum(sample[1][1:])
+
+
+def of_chance(**changes):
+    net, c = fresh()
+    o = settings(paired=True, floor=1e-3, batch=4, steps=2, **changes)
+    return net, c, o, Chance.measured(net, c, examples(11), o, 0)
+
+
+def test_chance_is_sfts_loss_of_a_batch_beyond_its_loss_on_all():
+    net, c, o, chance = of_chance()
+    drawn = training.draw(range(11), 8, 0, o.seed + 1)            # two batches of four
+    assert sorted(set(drawn)) == chance.losses[:, 1].nonzero().squeeze(1).tolist()
+    every = training.mean_loss(net, c, [examples(11)[i] for i in drawn], 0, 8)
+    batch = training.mean_loss(net, c, [examples(11)[i] for i in drawn[:4]], 0, 8)
+    assert chance.of(drawn[:4]) == pytest.approx(batch - every, abs=1e-12)
+    assert abs(chance.of(drawn[:4])) > 1e-3
+
+
+@pytest.mark.parametrize("changes", [dict(floor=99.0), dict(paired=False)])
+def test_no_chance_is_measured_without_need(changes):
+    net, c = fresh()
+    o = settings(**{"paired": True, "floor": 1e-3} | changes)
+    chance = Chance.measured(net, c, examples(), o, 0)
+    assert chance.losses is None
+    assert chance.of([1, 2]) == 0.0
+
+
+def test_the_average_is_of_losses_without_chance(tmp_path, monkeypatch):
+    """Frozen, and without gates that shut, every batch then has the loss of all."""
+    monkeypatch.setattr(training, "clip_gradients", lambda c, bound: c.delta.zero_grad())
+    net, c = fresh()
+    o = settings(paired=True, floor=1e-3, steps=11, gate_lr=0.0, settle=0, log_every=1, beta=0.5)
+    lcdd.train_lcdd(net, c, examples(16), o, tmp_path, 0)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    every = training.mean_loss(net, c, examples(16), 0, 8)
+    assert [row["ema"] for row in rows] == pytest.approx([every] * 11, rel=1e-6)
+    assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) > 1e-3
+
+
+def test_a_state_of_other_samples_is_refused(tmp_path):
+    net, c = fresh()
+    o = settings(paired=True, floor=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0, interrupted=after(7))
+    with pytest.raises(InputError, match="chance has .* samples, and there are 9"):
+        lcdd.train_lcdd(net, c, examples(9), o, tmp_path, 0)
 
 
 # ---- the rate
@@ -568,8 +649,8 @@ def after(steps):
     return interrupted
 
 
-@pytest.mark.parametrize("phase", ["sft", "lcdd"])
-def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
+@pytest.mark.parametrize("phase, paired", [("sft", False), ("lcdd", False), ("lcdd", True)])
+def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase, paired):
     def run(folder, stop_at=None):
         folder.mkdir(exist_ok=True)
         net, c = fresh()
@@ -580,7 +661,8 @@ def test_an_interrupted_phase_resumes_on_the_same_trajectory(tmp_path, phase):
             )
         else:
             lcdd.train_lcdd(
-                net, c, examples(), settings(settle=6), folder, 0, interrupted=interrupted
+                net, c, examples(), settings(settle=6, paired=paired, floor=1e-3), folder, 0,
+                interrupted=interrupted
             )
         return state(c)
 
@@ -809,6 +891,7 @@ def test_presets_are_whole(name):
     assert o.over == (0.75 if o.rho == 0.5 else 0.35)             # a stop lies beyond the budget
     # what is ours: off
     assert (o.floor, o.select, o.brake, o.pace, o.settle, o.sure) == (0.0, 0.0, False, 0.0, 0, 0.0)
+    assert (o.paired, o.quicken) == (False, 0.0)
 
 
 def test_what_is_given_by_hand_wins_over_a_preset():
@@ -1246,6 +1329,30 @@ def test_gates_kept_need_the_average_within_the_budget_too(tmp_path, monkeypatch
     net, c = fresh()
     o = settings(train="mask-ce", steps=6, warmup=1, beta=0.9, rho=0.3, floor=0.0, log_every=1)
     assert lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)["kept"] == 3
+
+
+def test_gates_that_were_never_within_the_budget_are_the_last_ones(tmp_path, monkeypatch, capsys):
+    """The step that sets ε is none that qualifies by itself."""
+    losses = iter([1.0, 9.0, 9.0, 9.0, 9.0])
+    monkeypatch.setattr(training, "gradients", lambda *a: next(losses))
+    net, c = fresh()
+    o = settings(train="mask-ce", steps=5, warmup=1, beta=0.9, rho=0.3, floor=0.0, log_every=1)
+    assert "kept" not in lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0)
+    assert "at no step after the warm-up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("train, divergence", [("mask-kl", False), ("mask-kl-true", True)])
+def test_mask_kl_has_soft_targets_or_the_true_kl(tmp_path, monkeypatch, train, divergence):
+    """By name, in training and where the budget is measured: the teacher itself is at no true KL."""
+    asked, inner = [], training.task_loss
+    monkeypatch.setattr(training, "task_loss", lambda *a, **k: asked.append(a) or inner(*a, **k))
+    net, c = fresh()
+    teacher = c.merge(net)
+    o = settings(train=train, steps=2, warmup=1, gate_lr=0.0, floor=1e-6)
+    found = lcdd.train_lcdd(net, c, examples(), o, tmp_path, 0, teacher=teacher)
+    assert {bool(a[5]) for a in asked} == {divergence}
+    assert (found["loss"] < 1e-6) == divergence
+    assert found["within"]
 
 
 # ---- nothing lost, nothing let in

@@ -28,7 +28,7 @@ def literal_lcdd(**changes):
     """The options with which lcdd.py takes the paper's own steps."""
     o = lcdd.options(["--model", "none"])
     vars(o).update(
-        select=0.0, brake=False, pace=0.0, quicken=0.0, sure=0.0,   # what Alg. 1 does not have
+        select=0.0, brake=False, paired=False, pace=0.0, quicken=0.0, sure=0.0,   # what Alg. 1 does not have
         clip=0.0,                                          # gradients of Δ as they are
         settle=0,                                          # no phase after Alg. 1
         batch=8, micro_batch=4,                            # all samples, in two pieces
