@@ -284,9 +284,20 @@ class Run:
             o = eraser.options(["--run", str(self.folder), "--device", self.o.device, "--preset", "paper"])
             o.seed = self.config["seed"]
             o.objective = "output" if objective == "paper-output" else "circuit"
+        if name == "lcdd" and (own := self.own_trigger(o)) is not None:
+            return own
         weights = self.model(name)  # first: it may make the carrier whose channels these are
         mask = eraser.channels(self.carriers.get(name, self.lcdd), o.objective, o.seed)
         return eraser.learn(self.net, weights, *self.base_targets(o, name, weights), mask, o)[0]
+
+    def own_trigger(self, o):
+        """The run's own trigger, where it was learned with just these options; else None."""
+        file = self.folder / "trigger.safetensors"
+        if not file.is_file():
+            return None
+        tau, header = eraser.load(file, self.net)
+        asked = eraser.settings_of(o) | {"name": "trigger", "target": "lcdd"}
+        return tau if all(header.get(key) == value for key, value in asked.items()) else None
 
     def base_targets(self, o, name, weights):
         """

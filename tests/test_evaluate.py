@@ -1,5 +1,6 @@
 """evaluate.py and ablate.py: KLs against a closed form and a loop, intervals, the scaled delta."""
 import argparse
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -976,6 +977,21 @@ def test_a_row_with_the_papers_trigger(run, monkeypatch):
         not torch.equal(final.keep.sum(1), response.keep.sum(1))
         or final.keep.shape != response.keep.shape
     )
+
+
+def test_the_runs_own_trigger_is_not_learned_again(run, monkeypatch):
+    words = ["--run", str(run), "--steps", "2", "--judge-every", "2", "--length", "4", "--batch", "4"]
+    with contextlib.suppress(lcdd.Failed):                          # so few steps move nothing
+        eraser.main([*words, "--device", "cpu"])
+    r, own = rows_run(run), load_tensors(run / "trigger.safetensors")[0]["trigger"]
+    learned = watch_triggers(monkeypatch)
+    assert torch.equal(r.trigger("lcdd", "circuit", 0), own)
+    assert torch.equal(r.trigger("lcdd", "circuit", 4), own)
+    assert learned == []
+    r.trigger("lcdd", "circuit", 3)
+    r.trigger("lcdd", "output", 0)
+    assert [length for length, *_ in learned] == [3, 4]
+    (run / "trigger.safetensors").unlink()
 
 
 def test_what_the_trigger_takes_away():
