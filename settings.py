@@ -193,9 +193,9 @@ def add_lcdd(p):
     a("--paired", action=argparse.BooleanOptionalAction, default=True,
       help="where SFT's loss is above --floor, SFT's own losses on the same samples take out of a batch's "
       "loss what comes of their choice (on; the paper: off)")
-    a("--pace", type=float, default=0.05,
-      help="at most this share of the open gates shuts in a step (0.05; 0: as many as come, "
-      "the paper)")
+    a("--pace", type=float,
+      help="at most this share of the open gates shuts in a step (default: half of 1 − β, for the "
+      "average has to follow; 0: as many as come, the paper)")
     a("--rho", type=float, default=0.05,
       help="budget ratio: ε = (1 + ρ)·ema after warm-up (0.05; the paper: 0.01 to 0.5)")
     a("--floor", type=float, default=0.03, help="ε is never under this (0.03; the paper: 0)")
@@ -304,7 +304,7 @@ def check_bounds(o):
 def fit(o, width, n):
     """
     Fill in what was not given, from the model's `width` d and the number n of training samples:
-    steps out of epochs, the rates of Δ, and a rate of the gates that fits the horizon. A gate on
+    steps out of epochs, the rates of Δ, the pace, and a rate of the gates that fits the horizon. A gate on
     which only Ω pulls moves by lr·λ₀·σ′(m) a step, from its initial m to 0.
     """
     if o.sft_steps is None:
@@ -317,6 +317,8 @@ def fit(o, width, n):
         o.lr = RATE / width
     if o.sft_lr is None:
         o.sft_lr = RATE / width
+    if o.pace is None:
+        o.pace = round((1 - o.beta) / 2, 6)
     if o.gate_lr is None and not pull(o):
         raise InputError("--lambda0 0: no penalty pulls at a gate; give one above 0, or --gate-lr")
     if o.gate_lr is None:

@@ -42,7 +42,8 @@ from settings import options as settings_of_lcdd
 from settings import parser as training_parser
 
 # options that are fitted where they are not given: numbers in every config.json
-FITTED = ("steps", "sft_steps", "lr", "sft_lr", "gate_lr", "micro_batch", "lambda_max", "eta_grow")
+FITTED = ("steps", "sft_steps", "lr", "sft_lr", "gate_lr", "micro_batch", "lambda_max", "eta_grow",
+          "pace")
 TASKS = tuple(name for name in BEHAVIOURS if name != "own")
 # the order of work: "base trigger" is LCDD's, and so comes after it
 MODELS = ("lcdd", "sft", "base", "scaled", "sft-long", "mask-ce", "mask-kl", "noise", "blind", "floor-0")

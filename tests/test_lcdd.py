@@ -296,6 +296,14 @@ def test_pruning_keeps_the_pace(tmp_path):
     assert worst[0.1] <= 0.1
 
 
+@pytest.mark.parametrize("beta, pace", [(0.9, 0.05), (0.95, 0.025), (0.0, 0.5)])
+def test_the_pace_waits_for_the_average(beta, pace):
+    o = lcdd.options(["--beta", str(beta)])
+    assert fit(o, 128, 1000).pace == pace
+    o.pace = 0.0
+    assert fit(o, 128, 1000).pace == 0.0
+
+
 def test_gates_that_need_not_wait_move_as_without_a_pace():
     logits = torch.tensor([0.1, 0.2, 3.0, -0.5], requires_grad=True)
     logits.grad = torch.tensor([1.0, 1.0, 1.0, -2.0])
