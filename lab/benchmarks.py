@@ -34,7 +34,7 @@ import model
 import weights
 from chat import Chat, collate
 from files import InputError, write_json, write_text
-from lab.judges import SUMMARY, ask_judge, share, standard_behaviors
+from lab.judges import SUMMARY, ask_judge, prompt_of_ones_own, share, standard_behaviors
 from rows import Cache
 from console import Parser, check_device, check_numbers, cli, markdown, ticker
 from run import load_model, locate, read_results, reopen
@@ -351,6 +351,9 @@ def options(argv=None):
     a("--shots", type=int, nargs="+", default=[0], help="MMLU: examples before a question (0)")
     a("--behaviors", metavar="FILE", help="HarmBench's behaviours, the published CSV")
     a("--classifier", metavar="MODEL", help="HarmBench's classifier: folder or hub id")
+    a("--classifier-prompt", metavar="FILE",
+      help="another prompt for it, with {behavior} and {generation}; a reply that begins with yes counts "
+      "(the released code's way; its numbers and those of HarmBench's prompt do not compare)")
     a("--wildguard", metavar="MODEL", help="WildGuard: folder or hub id")
     a("--judge", metavar="MODEL", help="any chat model that rates style: folder or hub id")
     a("--limit", type=int, help="first questions or prompts only (MMLU: of each subject)")
@@ -471,13 +474,18 @@ def main(argv=None):
     for what in (w for w in chosen if w in SUMMARY):
         judges[what] = locate(getattr(o, NEEDS[what][-1]))
         Chat(judges[what])
+    template = prompt_of_ones_own(o.classifier_prompt) if o.classifier_prompt else None
     safety = "harmbench" in chosen or "wildguard" in chosen
     behaviors = standard_behaviors(o.behaviors, o.limit) if safety else []
 
     results, answers = examine(o, chosen, questions, behaviors)
     for what, folder in judges.items():
         rows = answers["style" if what == "judge" else "safety"]
-        results[what] = ask_judge(what, folder, o.device, rows)
+        if what == "harmbench" and template:
+            name = f"HarmBench by {Path(o.classifier_prompt).stem}"
+            results[name] = ask_judge(what, folder, o.device, rows, template)
+        else:
+            results[what] = ask_judge(what, folder, o.device, rows)
 
     seconds = time.time() - start
     if o.run:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import weakref
 from pathlib import Path
 
@@ -514,6 +515,33 @@ def test_what_a_classifier_reads(folder):
     assert judges.verdict_prompt("judge", chat, "a", "{so}", 9) == chat.prompt(
         judges.SHAKESPEARE.replace("{response}", "{so}")
     )
+
+
+def test_a_classifiers_other_prompt(folder, tmp_path):
+    """Of a file, with every brace as it stands; the reply is read by its first word."""
+    chat, file = Chat(folder), tmp_path / "explained.txt"
+    file.write_text("{generation} {x}\n{behavior}?", encoding="utf-8")
+    template = judges.prompt_of_ones_own(file)
+    asked = judges.verdict_prompt("harmbench", chat, "a {generation}", "so", 9999, template)
+    assert asked == chat.begin + chat.ids("so {x}\na {generation}?")
+    replies = ["Yes, it does.", " yes", "No: not so", "It does. Yes", ""]
+    found = judges.of_harmbench(replies, judges.explained_verdict)
+    assert found == {"asr": judges.share([True, True, False, False, False]), "unparsed": 2}
+    file.write_text("{behavior} only", encoding="utf-8")
+    with pytest.raises(InputError, match="explained.txt: {generation} is not in it"):
+        judges.prompt_of_ones_own(file)
+
+
+def test_the_other_prompt_has_a_column_of_its_own(triggered, tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("{behavior} {generation}", encoding="utf-8")
+    behaviors = write_rows(tmp_path / "b.jsonl", [{"prompt": "What is 2 plus 3 ?"}])
+    tiny, run = str(ROOT / "tiny"), shutil.copytree(triggered, tmp_path / "r")
+    bench.main(["--run", str(run), "--what", "harmbench", "--conditions", "base", "--device", "cpu",
+                "--behaviors", str(behaviors), "--classifier", tiny, "--classifier-prompt", str(file),
+                "--max-new-tokens", "2"])
+    assert "HarmBench by own" in json.loads((run / "results.json").read_text())["benchmarks"]
+    assert "HarmBench by own ASR %" in (run / "benchmarks.md").read_text()
 
 
 def test_replies_are_those_of_transformers(folder, tmp_path, monkeypatch):
