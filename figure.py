@@ -69,16 +69,36 @@ def draw_bars(axes, results, metrics, title):
     axes.legend(fontsize=8, ncols=2, loc="upper center")
 
 
-@once
-def draw(run, results, carrier, path):
-    """Training, open gates, and the metrics of the four conditions: one PNG of a run."""
+def plotting():
+    """matplotlib.pyplot for a file, or None and a line that says so."""
     try:
         import matplotlib
     except ImportError:
-        print("no figure: matplotlib is not installed (pip install matplotlib)")
-        return
+        return print("no figure: matplotlib is not installed (pip install matplotlib)")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def keep(plt, fig, path):
+    """Write a figure as PNG, whole or not at all, and close it."""
+    picture = io.BytesIO()
+    try:
+        fig.savefig(picture, dpi=110, format="png")
+    except ValueError as e:                     # of numbers in a damaged log, say
+        return print(f"no figure: {e}", file=sys.stderr)
+    finally:
+        plt.close(fig)
+    with whole(path) as partial:
+        partial.write_bytes(picture.getvalue())
+
+
+@once
+def draw(run, results, carrier, path):
+    """Training, open gates, and the metrics of the four conditions: one PNG of a run."""
+    plt = plotting()
+    if plt is None:
+        return
     file = run / "metrics.jsonl"
     logged = read_jsonl(file) if file.is_file() else []
     steps = [row for row in logged if row.get("phase") == "lcdd" and is_point(row)]
@@ -93,12 +113,4 @@ def draw(run, results, carrier, path):
     nats.set_yscale("symlog", linthresh=0.1)
     nats.set_ylim(0, 4 * nats.get_ylim()[1])                 # room for the legend
     fig.suptitle(f"{results['task']}: base, SFT, LCDD, LCDD + trigger", parse_math=False)
-    picture = io.BytesIO()
-    try:
-        fig.savefig(picture, dpi=110, format="png")
-    except ValueError as e:                     # of numbers in a damaged log, say
-        return print(f"no figure: {e}", file=sys.stderr)
-    finally:
-        plt.close(fig)
-    with whole(path) as partial:
-        partial.write_bytes(picture.getvalue())
+    keep(plt, fig, path)

@@ -33,6 +33,7 @@ from behaviour import BEHAVIOURS
 from files import (
     NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
     write_json)
+from lab import curve
 from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
 from console import Parser, check_device, check_numbers, cli, duration, fields_of
 from run import alone, load_model, locate, read_config, read_results, reopen
@@ -575,6 +576,7 @@ def main(argv=None):
     text = "\n\n".join(parts)
     (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     write_json(out / f"{name}.json", everything)
+    curve.draw(everything, out / f"{name}.png", length)
     print("\n" + text)
 
 

@@ -13,7 +13,7 @@ import evaluate
 import export
 import lcdd
 from files import InputError
-from lab import ablate, bench, benchmarks, density, smollm2, talk, tiny
+from lab import ablate, bench, benchmarks, curve, density, smollm2, talk, tiny
 from lab.world import FEW, TRIGGER, copied
 
 NUMBERS = ("0", "-1", "nan", "inf", "1000000000000", "", "2147483647", "1.5", "x", "1e400", "-0", " 1")
@@ -78,6 +78,12 @@ def for_talk(world):
     return paired(["--run", str(world / "run"), "--device", "cpu"])
 
 
+def for_curve(world):
+    tables = world / "tables.json"
+    tables.write_text('{"fixed": [{"lcdd circuit 2": {"rate": 0.5}}]}', encoding="utf-8")
+    return {"": [str(tables), str(world / "lengths.png")]}
+
+
 def for_tiny(world):
     return paired(["--out", str(world / "made")])
 
@@ -119,6 +125,7 @@ SCRIPTS = {
     "lab/smollm2.py": Script(smollm2.main, for_smollm2, instead={
         **HUB, "lab.smollm2.from_registry": distant}),
     "lab/density.py": Script(density.main, for_density),
+    "lab/curve.py": Script(curve.main, for_curve),
 }
 
 

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import shutil
 import signal
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -28,7 +29,7 @@ from chat import collate
 from data import Sample
 from files import (
     InputError, load_tensors, read_header, read_json, read_jsonl, save_tensors, write_json)
-from lab import ablate, significance, tables, talk
+from lab import ablate, curve, significance, tables, talk
 from rows import rotary
 from console import cli
 from run import alone, reopen
@@ -222,6 +223,31 @@ def own_trigger(ablated, tmp_path, monkeypatch):
         run / "trigger.safetensors", {"trigger": torch.zeros(7, 128)}, length=7, lr=0.5, loss=1.0)
     learn_briefly(monkeypatch)
     return run
+
+
+def test_the_length_curve_is_drawn(ablated):
+    assert (ablated.run.parent / "tables.png").stat().st_size > 1000
+
+
+def test_points_of_the_length_curve():
+    """Every length once, the run's own among them; of safety the harmful prompts."""
+    seeds = [
+        {"lcdd circuit": {"rate": 0.0}, "lcdd circuit 2": {"rate": a}, "lcdd circuit 10": {"rate": 0.1}}
+        for a in (0.2, 0.4)
+    ]
+    found = curve.points(curve.with_full(seeds, "lcdd", 16), "lcdd")
+    assert [n for n, *_ in found] == [2, 10, 16]
+    assert [mean for _, mean, _ in found] == pytest.approx([30.0, 10.0, 0.0])
+    assert found[0][2] == pytest.approx(statistics.stdev([20, 40]))
+    assert curve.points(seeds, "sft") == []
+    harmful = [{"lcdd circuit 2": {"rate": 0.1, "harmful rate": 0.2}}]
+    assert curve.points(harmful, "lcdd") == [(2, 20.0, 0.0)]
+
+
+def test_a_file_without_tables_is_no_curve(tmp_path):
+    (tmp_path / "t.json").write_text('{"fixed": [{"lcdd circuit 2": {"rate": "x"}}]}')
+    with pytest.raises(InputError, match="t.json: fixed"):
+        curve.main([str(tmp_path / "t.json"), str(tmp_path / "l.png")])
 
 
 def test_every_row_of_the_tables_is_measured(ablated):
