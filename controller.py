@@ -11,6 +11,7 @@ import torch
 from settings import pull
 from training import draw, linear, losses, warmup_steps
 
+NEAR_0 = 0.03   # nats a token: what varies with the samples of such a loss is nothing beside the floor
 FEW = 4608      # open gates from which on Δ's rate grows: those that the embedded model has in all
 
 
@@ -96,8 +97,8 @@ class Chance:
     """
     What of a batch's loss comes of the choice of its samples: SFT's loss on them, beyond its loss on
     all. Taken off (a control variate) the mean stays, and batches that are hard by chance no longer
-    cross an ε that is only ρ above a loss far from 0. Where SFT's loss is under `floor` there is
-    next to nothing to take off, and it is not measured.
+    cross an ε that is only ρ above a loss far from 0. Where SFT's loss is near 0 or under `floor`
+    there is next to nothing to take off, and it is not measured.
     """
 
     def __init__(self, losses=None):
@@ -110,7 +111,7 @@ class Chance:
         n = len(examples)
         first = draw(examples, 2 * o.batch, 0, o.seed + 1)
         loss, tokens = losses(net, carrier, first, pad_id, o.micro_batch).sum(0).tolist()
-        if not o.paired or loss / tokens <= o.floor:
+        if not o.paired or loss / tokens <= max(o.floor, NEAR_0):
             return cls()
         drawn = sorted(set(draw(range(n), o.batch * o.steps, 0, o.seed + 1)))
         found = torch.zeros(n, 2, dtype=torch.float64)

@@ -191,8 +191,8 @@ def add_lcdd(p):
     a("--brake", action=argparse.BooleanOptionalAction, default=True,
       help="the penalty fades as the loss nears ε, and turns round beyond it (on; the paper: off)")
     a("--paired", action=argparse.BooleanOptionalAction, default=True,
-      help="where SFT's loss is above --floor, SFT's own losses on the same samples take out of a batch's "
-      "loss what comes of their choice (on; the paper: off)")
+      help="where SFT's loss is above --floor and 0.03, SFT's own losses on the same samples take out "
+      "of a batch's loss what comes of their choice (on; the paper: off)")
     a("--pace", type=float,
       help="at most this share of the open gates shuts in a step (default: half of 1 − β, for the "
       "average has to follow; 0: as many as come, the paper)")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import carrier as carriers
 import checks
+import controller as controllers
 import lcdd
 import model
 import training
@@ -440,9 +441,12 @@ def test_chance_is_sfts_loss_of_a_batch_beyond_its_loss_on_all():
     assert abs(chance.of(drawn[:4])) > 1e-3
 
 
-@pytest.mark.parametrize("changes", [dict(floor=99.0), dict(paired=False)])
-def test_no_chance_is_measured_without_need(changes):
+@pytest.mark.parametrize("changes", [dict(floor=99.0), dict(paired=False), dict(floor=0.0)])
+def test_no_chance_is_measured_without_need(changes, monkeypatch):
+    """Where ε is absolute or all is off; and near 0, where what is left would fall below 0."""
     net, c = fresh()
+    if changes == dict(floor=0.0):
+        monkeypatch.setattr(controllers, "NEAR_0", 99.0)
     o = settings(**{"paired": True, "floor": 1e-3} | changes)
     chance = Chance.measured(net, c, examples(), o, 0)
     assert chance.losses is None
