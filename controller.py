@@ -79,7 +79,8 @@ class Controller:
     def recovers(self):
         """
         Is the loss within ε and λ on its way back up, after a fall to less than half? Gates rest
-        meanwhile, and will shut again. Not in the paper, whose λ counts as it is.
+        meanwhile, and will shut again. Not in the paper, and asked only where a loss far from 0 makes
+        overshoots likely.
         """
         within = self.budget is not None and self.ema < self.budget
         return self.o.brake and within and self.lam < self.highest / 2
