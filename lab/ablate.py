@@ -297,9 +297,12 @@ class Run:
         file = self.folder / "trigger.safetensors"
         if not file.is_file():
             return None
-        tau, header = eraser.load(file, self.net)
+        _, header = load_tensors(file)
         asked = eraser.settings_of(o) | {"name": "trigger", "target": "lcdd"}
-        return tau if all(header.get(key) == value for key, value in asked.items()) else None
+        asked |= eraser.made_for(self.folder, self.net)
+        if any(header.get(key) != value for key, value in asked.items()):
+            return None
+        return eraser.load(file, self.net)[0]
 
     def base_targets(self, o, name, weights):
         """

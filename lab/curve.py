@@ -63,7 +63,8 @@ def draw(tasks, path, full=None):
         axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
         axes.minorticks_off()
     panels[0][0].set_ylabel("behaviour left, % (mean ± std)")
-    panels[0][-1].legend(fontsize=8)
+    if panels[0][-1].get_legend_handles_labels()[0]:
+        panels[0][-1].legend(fontsize=8)
     figure.keep(plt, fig, path)
 
 
