@@ -319,7 +319,8 @@ def report(task, seeds, o, full, gates):
         row_table(seeds, F_3, paper),
         "Controls:",
         row_table(seeds, ["lcdd circuit", *CONTROLS]),
-        "Held-out rows (validation):",
+        "Held-out rows (validation; `scaled` is matched on the first kind, which are the harmful ones of "
+        "safety, and cannot be where LCDD's loss is below SFT's):",
         losses_table(seeds),
         "What chooses the gates (dice: open gates that the initial noise alone would have kept):",
         row_table(seeds, ["lcdd", "noise", "blind", "floor-0", "lcdd circuit", *CHOICES]),
