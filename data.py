@@ -112,10 +112,10 @@ def parquet_rows(path):
     try:
         if not path.is_file():
             raise OSError("it is no file")
-        table = parquet.read_table(path)
+        found = parquet.read_table(path).to_pylist()    # a text that is no UTF-8 shows itself here
     except (OSError, ValueError, ArrowException) as e:
         raise InputError(f"cannot read {path} as a Parquet file ({e})") from None
-    return enumerate(table.to_pylist(), 1)
+    return enumerate(found, 1)
 
 
 def parse_json(where, text):

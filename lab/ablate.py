@@ -127,7 +127,8 @@ def check_settings(file, config, device):
         del table[name]
     check_fields(file, config, table)
     try:
-        o = argparse.Namespace(**{**config, "device": device})
+        absent = dict.fromkeys(table.keys() - config.keys())        # those that may be
+        o = argparse.Namespace(**{**absent, **config, "device": device})
         check_training(o)
         check_bounds(o)
     except InputError as e:

@@ -264,6 +264,17 @@ def test_parquet_files(tmp_path):
         data.read(path, "own")
 
 
+def test_a_parquet_text_that_is_no_utf8_is_one_sentence(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: no Parquet is read")
+    from pyarrow import parquet as files
+    table = pyarrow.Table.from_pylist([{"prompt": "Say hello", "response": "hello"}] * 3)
+    path = tmp_path / "rows.parquet"
+    files.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"Say hello", b"S\xf5y hello"))
+    with pytest.raises(InputError, match="cannot read .*rows.parquet as a Parquet file"):
+        data.read(path, "own")
+
+
 def test_parquet_files_need_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(

@@ -985,6 +985,12 @@ def test_other_kinds_than_harmful_and_benign_are_held_out_together(run):
     assert len(held) == len(rows)
 
 
+def test_a_setting_that_may_be_absent_may_be(run):
+    config = reopen(run)[0]
+    assert config.pop("over", 0) is None
+    ablate.check_settings(run / "config.json", config, "cpu")
+
+
 def test_a_row_with_the_papers_trigger(run, monkeypatch):
     r, seen = rows_run(run), []
     monkeypatch.setattr(
