@@ -153,7 +153,8 @@ def tree(value, rng):
         container[key], other[k] = other[k], container[key]
     elif way == "near" and type(container[key]) in (int, float):
         x = container[key]
-        container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x // 2, str(x), [x], x * 10**6))
+        text = str(x) if isinstance(x, float) or abs(x) < 10**4000 else "9" * 4400   # str() has a limit
+        container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x // 2, text, [x], x * 10**6))
     else:
         container[key] = rng.choice(VALUES)
         shown = "brackets" if container[key] is DEEP else dumps(container[key])[:30]
