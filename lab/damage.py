@@ -3,6 +3,7 @@
 Each function takes the file's path and a random.Random, damages the file, and returns a few words
 that say how.
 """
+import copy
 import json
 import struct
 
@@ -127,6 +128,12 @@ def dumps(value):
     return json.dumps(value)
 
 
+def value_of(rng):
+    """One of VALUES, a new one each time: what a round puts into it is in no other round."""
+    found = rng.choice(VALUES)
+    return found if found is DEEP else copy.deepcopy(found)
+
+
 def places(value, rng):
     """(container, key) of a random place in a JSON value, nearer to the top more often."""
     found = None
@@ -143,7 +150,7 @@ def tree(value, rng):
     """Damage a JSON value in place at a random spot; returns (value, words)."""
     place = places(value, rng)
     if place is None:
-        return rng.choice(VALUES), "another value altogether"
+        return value_of(rng), "another value altogether"
     container, key = place
     way = rng.choice(("value", "value", "value", "value", "drop", "swap", "near"))
     if way == "drop":
@@ -156,7 +163,7 @@ def tree(value, rng):
         text = str(x) if isinstance(x, float) or abs(x) < 10**4000 else "9" * 4400   # str() has a limit
         container[key] = rng.choice((x + 1, x - 1, 2 * x, -x, x // 2, text, [x], x * 10**6))
     else:
-        container[key] = rng.choice(VALUES)
+        container[key] = value_of(rng)
         shown = "brackets" if container[key] is DEEP else dumps(container[key])[:30]
         return value, f"{key} = {shown}"
     return value, f"{way} {key}"

@@ -1,5 +1,6 @@
 """lab/attack.py: damaged files and odd options end in one sentence; a fixed few of the 10,000 rounds and of all options."""  # noqa: E501
 import contextlib
+import copy
 import io
 import random
 
@@ -70,6 +71,15 @@ def test_limits_of_a_round(monkeypatch):
     assert attack.outcome(forever, 0.2)[0] == "Late"
     monkeypatch.setattr(attack, "MEMORY", 1 << 26)
     assert "more memory was needed" in attack.outcome(lambda: bytearray(1 << 30))[1]
+
+
+def test_what_a_round_puts_into_a_value_is_in_no_other():
+    before = [v if v is damage.DEEP else copy.deepcopy(v) for v in damage.VALUES]
+    for seed in range(200):
+        value = damage.value_of(random.Random(seed))
+        if isinstance(value, (dict, list)):
+            value.clear()
+    assert list(damage.VALUES) == before
 
 
 def test_damage_is_the_same_for_the_same_seed(world, tmp_path):
