@@ -8,6 +8,7 @@ import statistics
 
 import torch
 
+from console import ticker
 from settings import pull
 from training import draw, linear, losses, warmup_steps
 
@@ -109,14 +110,16 @@ class Chance:
     @classmethod
     def measured(cls, net, carrier, examples, o, pad_id):
         """Of the samples that Alg. 1 draws, by the carrier as SFT leaves it."""
-        n = len(examples)
+        if not o.paired:
+            return cls()
         first = draw(examples, 2 * o.batch, 0, o.seed + 1)
         loss, tokens = losses(net, carrier, first, pad_id, o.micro_batch).sum(0).tolist()
-        if not o.paired or loss / tokens <= max(o.floor, NEAR_0):
+        if loss / tokens <= max(o.floor, NEAR_0):
             return cls()
-        drawn = sorted(set(draw(range(n), o.batch * o.steps, 0, o.seed + 1)))
-        found = torch.zeros(n, 2, dtype=torch.float64)
-        found[drawn] = losses(net, carrier, [examples[i] for i in drawn], pad_id, o.micro_batch)
+        drawn = sorted(set(draw(range(len(examples)), o.batch * o.steps, 0, o.seed + 1)))
+        found = torch.zeros(len(examples), 2, dtype=torch.float64)
+        found[drawn] = losses(net, carrier, [examples[i] for i in drawn], pad_id, o.micro_batch,
+                              ticker("SFT's loss of samples", len(drawn)))
         return cls(found)
 
     def of(self, batch):

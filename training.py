@@ -109,24 +109,23 @@ def mean_loss(net, weights, examples, pad_id, micro_batch, teacher=None, diverge
 
 
 @torch.no_grad()
-def losses(net, weights, examples, pad_id, micro_batch):
+def losses(net, weights, examples, pad_id, micro_batch, progress=None):
     """
     Sample by sample: the task loss summed over its tokens, and how many these are. (n, 2), float64
     """
     found = torch.zeros(len(examples), 2, dtype=torch.float64)
-
-    def piece(h, y):
-        return F.cross_entropy(model.wide(net.head(h)), y, reduction="none")            # (chunk)
-
     for i in range(0, len(examples), micro_batch):
         ids, mask = (t.to(net.device) for t in collate(examples[i:i + micro_batch], pad_id))
         keep = mask[:, 1:]                                                              # (B, T-1)
-        hidden = net.hidden(ids[:, :-1], weights, keep=keep).split(net.chunk)
-        target = ids[:, 1:][keep].split(net.chunk)
-        each = torch.cat([piece(h, y) for h, y in zip(hidden, target)])                 # (N)
-        counts = keep.sum(1)                                                            # (B)
-        for k, of_one in enumerate(each.double().split(counts.tolist())):
-            found[i + k] = torch.tensor([of_one.sum(), len(of_one)])
+        hidden = net.hidden(ids[:, :-1], weights, keep=keep)                            # (N, d)
+        each = []
+        for h, y in zip(hidden.split(net.chunk), ids[:, 1:][keep].split(net.chunk)):
+            each.append(F.cross_entropy(model.wide(net.head(h)), y, reduction="none"))  # (chunk)
+        row = i + keep.nonzero()[:, 0].cpu()                                            # (N)
+        found[:, 0].index_add_(0, row, torch.cat(each).double().cpu())
+        found[i:i + len(ids), 1] = keep.sum(1).double().cpu()
+        if progress:
+            progress(min(i + micro_batch, len(examples)))
     return found
 
 
