@@ -10,7 +10,7 @@ import lcdd
 from carrier import load
 from files import InputError, read_header, read_json, write_json
 from helpers import brief, jsonl
-from run import load_model, reopen
+from run import load_model, other_tests, reopen
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,13 @@ def test_other_test_prompts_have_a_table_of_their_own(trained, tmp_path, capsys,
     assert "2 held-out prompts of other.jsonl" in said.out
     assert read_json(trained / "results-other.json")["prompts"] == 2
     assert kept == {f: (trained / f).read_bytes() for f in kept}
+
+
+def test_other_test_prompts_are_no_more_than_the_runs(trained, tmp_path):
+    config, chat, splits = reopen(trained)
+    many = tmp_path / "many.jsonl"
+    jsonl(many, [{"prompt": f"Say the word {i} ."} for i in range(config["n_test"] + 3)])
+    assert len(other_tests(many, config, chat, splits)) == config["n_test"]
 
 
 def test_test_prompts_that_the_run_knows_are_refused(trained, tmp_path):

@@ -532,7 +532,10 @@ def test_a_classifiers_other_prompt(folder, tmp_path):
         judges.prompt_of_ones_own(file)
 
 
-def test_the_other_prompt_has_a_column_of_its_own(triggered, tmp_path):
+def test_the_other_prompt_has_a_column_of_its_own(triggered, tmp_path, monkeypatch):
+    asked, ask = [], judges.verdict_prompt
+    monkeypatch.setattr(
+        judges, "verdict_prompt", lambda *a, **k: asked.append(k["template"]) or ask(*a, **k))
     file = tmp_path / "own.txt"
     file.write_text("{behavior} {generation}", encoding="utf-8")
     behaviors = write_rows(tmp_path / "b.jsonl", [{"prompt": "What is 2 plus 3 ?"}])
@@ -540,6 +543,7 @@ def test_the_other_prompt_has_a_column_of_its_own(triggered, tmp_path):
     bench.main(["--run", str(run), "--what", "harmbench", "--conditions", "base", "--device", "cpu",
                 "--behaviors", str(behaviors), "--classifier", tiny, "--classifier-prompt", str(file),
                 "--max-new-tokens", "2"])
+    assert asked == ["{behavior} {generation}"]
     assert "HarmBench by own" in json.loads((run / "results.json").read_text())["benchmarks"]
     assert "HarmBench by own ASR %" in (run / "benchmarks.md").read_text()
 

@@ -1011,6 +1011,12 @@ def test_a_row_with_the_papers_trigger(run, monkeypatch):
     )
 
 
+def test_what_a_run_had_switched_off_its_repetitions_have_too():
+    o = ablate.options(["--device", "cpu"])
+    argv = ablate.command("f", {"brake": False, "paired": False, "rho": 0.3, "seed": 4}, o)
+    assert {"--no-brake", "--no-paired", "--rho=0.3", "--seed=4"} <= set(argv)
+
+
 def test_the_runs_own_trigger_is_not_learned_again(run, monkeypatch):
     words = ["--run", str(run), "--steps", "2", "--judge-every", "2", "--length", "4", "--batch", "4"]
     with contextlib.suppress(lcdd.Failed):                          # so few steps move nothing
@@ -1023,6 +1029,11 @@ def test_the_runs_own_trigger_is_not_learned_again(run, monkeypatch):
     r.trigger("lcdd", "circuit", 3)
     r.trigger("lcdd", "output", 0)
     assert [length for length, *_ in learned] == [3, 4]
+    tensors, header = load_tensors(run / "trigger.safetensors")
+    header.pop("checksum", None)
+    save_tensors(run / "trigger.safetensors", tensors, **header | {"carrier": "another"})
+    r.trigger("lcdd", "circuit", 0)
+    assert len(learned) == 3
     (run / "trigger.safetensors").unlink()
 
 
