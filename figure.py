@@ -12,6 +12,7 @@ from files import read_jsonl, whole
 from metrics import METRICS, called
 from parallel import once
 
+
 def draw_training(axes, rows):
     """LCDD's loss against its budget, with λ and the share of gates off, step by step."""
     steps = [r["step"] + 1 for r in rows]
