@@ -80,8 +80,7 @@ class Controller:
     def recovers(self):
         """
         Is the loss within ε and λ on its way back up, after a fall to less than half? Gates rest
-        meanwhile, and will shut again. Not in the paper, and asked only where a loss far from 0 makes
-        overshoots likely.
+        meanwhile, and will shut again. Not in the paper.
         """
         within = self.budget is not None and self.ema < self.budget
         return self.o.brake and within and self.lam < self.highest / 2

@@ -136,8 +136,7 @@ def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, int
         # early stop: stalled, or over-pruned
         if (t + 1) % o.log_every == 0 or t + 1 == o.steps:
             n_open = log_pruning(progress, t, loss, controller, carrier.stats())
-            recovers = chance.losses is not None and controller.recovers()
-            verdict = early.update(n_open, loss, controller.reference, recovers)
+            verdict = early.update(n_open, loss, controller.reference, controller.recovers())
             if verdict:
                 progress.meter.close()
                 print(f"lcdd: {verdict}", flush=True)

@@ -465,15 +465,15 @@ def test_the_average_is_of_losses_without_chance(tmp_path, monkeypatch):
     assert max(row["loss"] for row in rows) - min(row["loss"] for row in rows) > 1e-3
 
 
-def test_only_where_chance_is_taken_out_a_stall_waits_for_lambda(tmp_path, monkeypatch):
+def test_a_stall_waits_for_lambda(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(Controller, "recovers", lambda self: True)
+    monkeypatch.setattr(Controller, "recovers", lambda self: self.o.paired)
     monkeypatch.setattr(EarlyStop, "update", lambda self, n, loss, start, waits: asked.append(waits))
     for paired in (True, False):
         net, c = fresh()
         folder = tmp_path / str(paired)
         folder.mkdir()
-        o = settings(paired=paired, floor=1e-3, steps=4, settle=0, log_every=4)
+        o = settings(paired=paired, steps=4, settle=0, log_every=4)
         lcdd.train_lcdd(net, c, examples(), o, folder, 0)
     assert asked == [True, False]
 
