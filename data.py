@@ -90,7 +90,9 @@ def text_rows(path):
     """(number, fields) of each row of a file of text; its first character and its name say which."""
     try:
         text = read_text(path, LARGEST)
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror or e}; name a file that can be read") from None
+    except ValueError as e:
         raise InputError(f"cannot read {path} as UTF-8 text ({e})") from None
     start = text.lstrip()[:1]
     if not start:

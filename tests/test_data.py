@@ -233,8 +233,9 @@ def test_test_prompts_need_no_response(tmp_path):
 
 
 def test_missing_files_and_unknown_tasks(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(InputError, match="cannot read"):
+    none = tmp_path / "none.jsonl"
+    for path, reason in ((none, "No such file or directory"), (tmp_path, "it is no file")):
+        with pytest.raises(InputError, match=f"{path.name}: {reason}; name a file that can be read"):
             data.read(path, "own")
     with pytest.raises(InputError, match="unknown task 'fixd'"):
         data.read(jsonl(tmp_path / "a.jsonl", [json.loads(GOOD)]), "fixd")
