@@ -40,7 +40,9 @@ PROJECTIONS = {
     "down_proj": ("ffn_write",  "ffn_hidden"),
 }
 # Where enough gates are shut, the gradient of Δ is computed on its open rows and columns only.
-DENSE_BELOW = 1 << 13   # entries of a Δ that is too small for gathering to pay
+# Entries of a Δ under which gathering does not pay: it takes ten launches more, and a launch on a GPU
+# takes the time of some 10⁵ entries.
+DENSE_BELOW = {"cpu": 1 << 13, "cuda": 1 << 23}
 WORTH_IT = 0.9          # open share of the rows plus that of the columns below which it pays
 LANES = 8               # as many rows at a time: 16 bytes of bf16, what matrix units want
 
@@ -289,7 +291,8 @@ class Carrier(nn.Module):
 
     def gathered(self):
         """open_channels() for the deltas that are large enough for it."""
-        large = {name for name, p in self.delta[0].items() if p.numel() >= DENSE_BELOW}
+        least = DENSE_BELOW.get(self.logits.device.type, 0)
+        large = {name for name, p in self.delta[0].items() if p.numel() >= least}
         if not torch.is_grad_enabled() or not large:
             return [{} for _ in self.delta]
         found = self.open_channels()

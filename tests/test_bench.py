@@ -15,7 +15,7 @@ CONFIG = bench.Config(61, 48, 80, 2, 4, 2, 12, qk_norm=True)
 
 @pytest.mark.parametrize("dense_below", (1 << 60, 0), ids=("dense", "gathered"))
 def test_every_way_takes_the_same_step(monkeypatch, dense_below):
-    monkeypatch.setattr(carrier, "DENSE_BELOW", dense_below)
+    monkeypatch.setattr(carrier, "DENSE_BELOW", {"cpu": dense_below})
     net = bench.random_net(CONFIG, "cpu", torch.float64)
     c = bench.random_carrier(net, dtype=torch.float64).double()
     worst = bench.disagreement(net, c, *bench.random_batch(CONFIG, 2, 12, 5, "cpu"))

@@ -8,6 +8,7 @@ Nothing in it calls carrier.py.
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ FAMILIES = {
 }
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.0)
 PATHS = {
-    "dense": dict(DENSE_BELOW=1 << 60),
-    "gathered": dict(DENSE_BELOW=0),
-    "gathered, unpadded": dict(DENSE_BELOW=0, LANES=1),
+    "dense": dict(DENSE_BELOW={"cpu": 1 << 60}),
+    "gathered": dict(DENSE_BELOW={"cpu": 0}),
+    "gathered, unpadded": dict(DENSE_BELOW={"cpu": 0}, LANES=1),
 }
 
 
@@ -813,9 +814,19 @@ def counted(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("device, gathers", (("cpu", True), ("cuda", False), ("mps", True)))
+def test_small_deltas_are_gathered_where_a_launch_costs_little(monkeypatch, device, gathers):
+    c = make_carrier(make_net(), 0.1)
+    monkeypatch.setitem(carrier.DENSE_BELOW, "cpu", 0)
+    del c.logits                                    # whose device alone is asked
+    c.logits = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(c, "open_channels", lambda: [dict.fromkeys(carrier.PROJECTIONS) for _ in c.delta])
+    assert all(bool(pairs) == gathers for pairs in c.gathered())
+
+
 @pytest.mark.parametrize("micro_batch", (8, 3, 1))
 def test_nothing_is_made_twice_in_an_optimizer_step(monkeypatch, micro_batch):
-    monkeypatch.setattr(carrier, "DENSE_BELOW", 0)
+    monkeypatch.setattr(carrier, "DENSE_BELOW", {"cpu": 0})
     net = make_net()
     c = make_carrier(net, 0.2)
     batch = [(torch.randint(31, (7,)).tolist(), [True] * 7) for _ in range(8)]
