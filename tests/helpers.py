@@ -216,7 +216,7 @@ def forked(texts, environment, function, args):
         os.dup2(file, descriptor)
         setattr(sys, stream, open(descriptor, "w", buffering=1))
     sys.__stderr__ = sys.stderr
-    os.environ |= environment
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", **environment}     # what is tested here is no GPU's work
     torch.set_num_threads(1)
     function(*args)
 
