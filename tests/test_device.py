@@ -157,7 +157,7 @@ carrier_open = files.safe_open
 def elsewhere(monkeypatch):
     monkeypatch.setattr(files, "safe_open", Reader)
     monkeypatch.setattr(memory, "free", lambda device="cpu": 1 << 40)
-    monkeypatch.setitem(carrier.DENSE_BELOW, "cuda", carrier.DENSE_BELOW["cpu"])    # gathered as large ones are
+    monkeypatch.setitem(carrier.DENSE_BELOW, "cuda", carrier.DENSE_BELOW["cpu"])    # as large ones are
     for command in (settings, eraser, evaluate, ablate, bench):
         monkeypatch.setattr(command, "check_device", lambda name: None)
     with Elsewhere():
