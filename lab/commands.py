@@ -13,7 +13,7 @@ import evaluate
 import export
 import lcdd
 from files import InputError
-from lab import ablate, bench, benchmarks, curve, density, smollm2, talk, tiny
+from lab import ablate, bench, benchmarks, curve, density, sizes, smollm2, talk, tiny
 from lab.world import FEW, TRIGGER, copied
 
 NUMBERS = ("0", "-1", "nan", "inf", "1000000000000", "", "2147483647", "1.5", "x", "1e400", "-0", " 1")
@@ -88,6 +88,10 @@ def for_tiny(world):
     return paired(["--out", str(world / "made")])
 
 
+def for_sizes(world):
+    return paired(["--out", str(world / "sizes"), "--shapes", "128x4"])
+
+
 def for_bench(world):
     return paired(["--quick"])
 
@@ -126,6 +130,9 @@ SCRIPTS = {
         **HUB, "lab.smollm2.from_registry": distant}),
     "lab/density.py": Script(density.main, for_density),
     "lab/curve.py": Script(curve.main, for_curve),
+    "lab/sizes.py": Script(sizes.main, for_sizes, instead={
+        "lab.tiny.fill": mock.Mock(return_value={"overall": 1.0}),
+        "lab.sizes.measured": mock.Mock(return_value=dict.fromkeys(sizes.NUMBERS, 1))}),
 }
 
 
