@@ -696,7 +696,7 @@ def test_a_model_without_a_run(tmp_path, capsys):
             ["--what", "hellaswag", "--hellaswag", "h", "--limit", "0"],
             "--limit 0: has to be at least 1",
         ),
-        (["--what", "hellaswag", "--hellaswag", "none.jsonl"], "cannot read none.jsonl"),
+        (["--what", "hellaswag", "--hellaswag", "none.jsonl"], "none.jsonl: No such file"),
     ],
 )
 def test_options_that_cannot_be(words, said):
