@@ -76,9 +76,12 @@ def join(together):
 
 
 def launcher():
-    """How this command was started, in words of a command line."""
+    """
+    How this command was started, in words of a command line. Without the dashes torchrun takes our
+    --run for the beginning of an option of its own.
+    """
     n = parallel.world()
-    return ["python"] if n == 1 else ["torchrun", "--nproc-per-node", str(n)]
+    return ["python"] if n == 1 else ["torchrun", "--nproc-per-node", str(n), "--"]
 
 
 def made_by(script, words):

@@ -1,5 +1,5 @@
 """
-More than one process, on torch's own engine: torchrun --nproc-per-node N lcdd.py …
+More than one process, on torch's own engine: torchrun --nproc-per-node N -- lcdd.py …
 
 Every process runs the whole script and holds the same numbers. What is split between them is a list:
 the samples of an optimizer batch, the prompts, AdamW's moments. What comes of it is summed or gathered,

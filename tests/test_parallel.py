@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.run import get_args_parser
 from helpers import ROOT, Forked, examples, fresh, prompts, script, state, training_settings
 
 import eraser
@@ -19,7 +20,8 @@ import lcdd
 import parallel
 import training
 from files import InputError, load_tensors, read_json, read_jsonl, write_text
-from console import cli
+from console import cli, launcher
+from lab import commands as commands_of
 
 TINY = ["--go-on", "--sft-steps", "8", "--steps", "4", "--settle", "1", "--warmup", "1",
         "--log-every", "1", "--batch", "6", "--micro-batch", "3", "--n-train", "40", "--n-test", "5",
@@ -198,6 +200,18 @@ def test_torchrun_gives_the_run_of_one_process(tmp_path, alone):
     assert read_json(tmp_path / "r" / "config.json")["made"]["processes"] == 2
 
 
+@pytest.mark.parametrize("name", ("lcdd.py", "eraser.py", "evaluate.py"))
+def test_torchrun_reads_the_command_lines_that_are_advised(monkeypatch, name):
+    """Each option by itself: torchrun completes beginnings of its own."""
+    monkeypatch.setattr(parallel, "size", 2)
+    parser = commands_of.parser_of(commands_of.SCRIPTS[name])
+    for option in parser._option_string_actions:
+        line = [*launcher(), name, option, "value"]
+        found = get_args_parser().parse_args(line[1:])
+        assert (found.nproc_per_node, found.training_script) == ("2", name)
+        assert found.training_script_args == [option, "value"]
+
+
 def stopped_and_resumed(run):
     """SIGTERM to the second process in SFT's third step, and in LCDD's second after going on."""
     count, gradients = itertools.count(1), training.gradients
@@ -223,7 +237,7 @@ def test_a_signal_to_one_stops_all_and_another_number_resumes(tmp_path, alone):
     assert [status for status, *_ in ends] == [130, 130], ends
     said = "".join(errors for *_, errors in ends)
     assert said.count("interrupted") == 1, said
-    assert "resume with: torchrun --nproc-per-node 2 lcdd.py " in said
+    assert "resume with: torchrun --nproc-per-node 2 -- lcdd.py " in said
     # gradients 1–3 are SFT's first; 4–9 its third step and the rest; 10 and 11 LCDD's first
     tensors, header = load_tensors(run / "state.safetensors")
     assert header["phase"] == "lcdd"
