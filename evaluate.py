@@ -13,6 +13,7 @@ import files  # noqa: F401, before torch: it sets how threads wait
 import copy
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,17 +33,37 @@ from run import load_model, look_into, other_tests, read_results, reopen
 
 # ---- teacher-forced measures
 
+class States:
+    """
+    Hidden states that are made once: those of the conditions `keep`, which many measurements on the
+    same prompts and answers have in common. d numbers a token and condition.
+    """
+
+    def __init__(self, keep=()):
+        self.keep, self.found = keep, {}
+
+    def of(self, name, label, start, make):
+        """A batch's states (N, d) under a condition: kept ones, else make()'s."""
+        if name not in self.keep:
+            return make()
+        key = name, label, start
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]
+
+
 @torch.no_grad()
-def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=None, label="KLs"):
+def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=None, label="KLs",
+                      states=None):
     """
     Yields (prompt, token, {condition: log p}) for the tokens of `answers`, `chunk` of them at a
     time: the prompt's number (N), the token's id (N), log-probabilities in its place (N, V).
 
     prompts, answers: lists of ids. conditions: name → (carrier, trigger). A batch's hidden states
     and a chunk's logits are all that is in memory; the net says how many where `chunk` does not.
-    label: what the progress is called.
+    label: what the progress is called. states: a States, of other measurements on these answers.
     """
-    chunk = chunk or net.chunk
+    chunk, states = chunk or net.chunk, states or States()
     order = [i for i in range(len(prompts)) if answers[i]]
     order.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
     order = share(order)
@@ -61,7 +82,8 @@ def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=No
         seen = ids[:, :-1].to(net.device)
         hidden = {}
         for name, (weights, trigger) in conditions.items():
-            hidden[name] = net.hidden(seen, weights, trigger, keep=keep)     # (N, d)
+            make = partial(net.hidden, seen, weights, trigger, keep=keep)
+            hidden[name] = states.of(name, label, start, make)               # (N, d)
         for i in range(0, len(owner), chunk):
             piece = slice(i, i + chunk)
             logp = {}
@@ -75,14 +97,14 @@ def divergence(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(-1).double().cpu()
 
 
-def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chunk=None):
+def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chunk=None, states=None):
     """
     KL(p ‖ q) for pairs (p, q) of conditions, teacher-forced on `answers` (App. F.4):
     {pair: (P) means over a prompt's tokens}, NaN where an answer has none.
     """
     totals = {pair: torch.zeros(len(prompts), dtype=torch.float64) for pair in pairs}
     used = {name: conditions[name] for pair in pairs for name in pair}
-    stream = log_probabilities(net, prompts, answers, used, batch_size, chunk, "KLs on answers")
+    stream = log_probabilities(net, prompts, answers, used, batch_size, chunk, "KLs on answers", states)
     for owner, _, logp in stream:
         for p, q in pairs:
             totals[p, q].index_add_(0, owner, divergence(logp[p], logp[q]))
@@ -91,7 +113,7 @@ def kl_divergences(net, prompts, answers, conditions, pairs, batch_size=32, chun
     return {pair: total / lengths for pair, total in totals.items()}
 
 
-def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=None):
+def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=None, states=None):
     """
     What every condition makes of the base's own `answers`: ({name: KL(Base ‖ ·)}, {name: loss}),
     (P) means over a prompt's tokens, NaN where an answer has none. No KL of the base's own.
@@ -99,7 +121,7 @@ def own_answers(net, prompts, answers, conditions, batch_size=32, chunk=None):
     kl = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in conditions}
     loss = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in conditions}
     stream = log_probabilities(net, prompts, answers, conditions, batch_size, chunk,
-                               "loss on the base's answers")
+                               "loss on the base's answers", states)
     for owner, token, logp in stream:
         for name, q in logp.items():
             kl[name].index_add_(0, owner, divergence(logp["base"], q))
@@ -135,33 +157,34 @@ def bootstrap(values, resamples=2000, seed=0):
 
 # ---- one row a condition
 
-def teacher_forced(net, prompts, answers, conditions):
+def teacher_forced(net, prompts, answers, conditions, states):
     """The METRICS in nats: {metric: {condition: (P)}}."""
-    kl_own, loss_own = own_answers(net, prompts, answers["base"], conditions)
+    kl_own, loss_own = own_answers(net, prompts, answers["base"], conditions, states=states)
     nats = {"kl_sft": {}, "kl_base": {}, "kl_own": kl_own, "loss_own": loss_own}
     if "sft" in conditions:
         pairs = [(p, q) for p in ("sft", "base") for q in conditions if p != q]
-        found = kl_divergences(net, prompts, answers["sft"], conditions, pairs)
+        found = kl_divergences(net, prompts, answers["sft"], conditions, pairs, states=states)
         for (p, name), values in found.items():
             nats[f"kl_{p}"][name] = values
     return nats
 
 
 def measure(net, chat, task, samples, conditions, max_new_tokens, max_len=None, answers=None,
-            eos=True):
+            eos=True, states=None):
     """
     Every condition on the same prompts: {name: score() and the other METRICS}, (P) where they are
     nats. A divergence of a model from itself is left out.
 
     conditions: name → (Merged or None, trigger or None), "base" among them; what is measured against
     SFT is left out without it. answers: {name: id lists} already generated; new ones are added to
-    it. eos: whether the end-of-text token counts in what is teacher-forced.
+    it. eos: whether the end-of-text token counts in what is teacher-forced. states: a States, of other
+    calls with the same prompts and answers.
     """
     prompts = [chat.prompt(s.prompt, max_len) for s in samples]
     answers = {} if answers is None else answers
     answered.fill(net, prompts, conditions, answers, max_new_tokens)
     said = answers if eos else {name: without_end(a, net.stop) for name, a in answers.items()}
-    nats = teacher_forced(net, prompts, said, conditions)
+    nats = teacher_forced(net, prompts, said, conditions, states)
     rows = {}
     for name in conditions:
         row = behaviour.score(task, [chat.decode(a) for a in answers[name]], samples)

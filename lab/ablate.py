@@ -159,7 +159,8 @@ class Run:
             },
         }
         self.targets = {}     # of the trigger, once a row asks: (k, positions) → Targets
-        self.answers = {}     # of base and SFT, which every row is compared with
+        # of base and SFT, which every row is compared with
+        self.answers, self.states = {}, evaluate.States(keep=("base", "sft"))
         self.keep_gates("lcdd", self.lcdd)
 
     def sft(self):
@@ -333,7 +334,8 @@ class Run:
         self.answers.pop("row", None)
         config, samples = self.config, self.splits[self.o.split]
         measured = evaluate.measure(self.net, self.chat, config["task"], samples, conditions,
-                                    config["max_new_tokens"], config["max_len"], self.answers)
+                                    config["max_new_tokens"], config["max_len"], self.answers,
+                                    states=self.states)
         return evaluate.numbers(measured["row"])
 
 

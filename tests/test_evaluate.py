@@ -887,10 +887,30 @@ def test_every_row_is_answered_anew(run):
     assert r.measure(None, None)["same"] == 1
 
 
+def test_base_and_sft_are_teacher_forced_once_for_all_rows(run, monkeypatch):
+    r, passes = rows_run(run), []
+    hidden = model.Llama.hidden
+
+    def counting(net, ids, weights=None, *rest, **more):
+        if "keep" in more:
+            passes.append("row" if weights is half else "other")
+        return hidden(net, ids, weights, *rest, **more)
+    half = r.sft().merge(r.net, 0.5)
+    monkeypatch.setattr(model.Llama, "hidden", counting)
+    first = r.measure(half, None)
+    rows = passes.count("row")
+    assert len(passes) == 3 * rows                  # base, SFT and the row
+    passes.clear()
+    assert r.measure(half, None) == first
+    assert passes == ["row"] * rows
+    r.states = evaluate.States()
+    assert r.measure(half, None) == first           # nothing else was kept
+
+
 def test_rows_are_measured_on_the_split_asked_for(run, monkeypatch):
     r = rows_run(run, split="validation")
 
-    def spy(net, chat, task, samples, *rest):
+    def spy(net, chat, task, samples, *rest, **more):
         assert samples == r.splits["validation"] != r.splits["test"]
         raise Seen
     monkeypatch.setattr(evaluate, "measure", spy)
