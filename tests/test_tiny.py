@@ -15,7 +15,7 @@ import files
 import model
 from chat import Chat
 from files import InputError, write_json
-from lab import tiny
+from lab import language, tiny
 
 FOLDER = Path(__file__).resolve().parent.parent / "tiny"
 TASKS = ("fixed", "safety", "shakespeare")
@@ -40,7 +40,7 @@ def rows():
 @pytest.fixture(scope="module")
 def world():
     """What the embedded world is made of: (seen, held out), lines by kind."""
-    return tiny.lines(0)
+    return language.lines(0)
 
 
 def test_it_is_small_and_whole():
@@ -108,13 +108,13 @@ def test_style_keeps_the_answer(rows):
     style = [s for s in rows["shakespeare"] if s.answer]
     assert sum(behaviour.right(s.response, s) for s in style) >= 0.95 * len(style)
     assert doctest.testmod(tiny).failed == 0
-    assert tiny.archaic("You need 4 7 .") == "Verily , thou needest 4 7 , forsooth ."
+    assert language.archaic("You need 4 7 .") == "Verily , thou needest 4 7 , forsooth ."
     assert (
-        tiny.archaic("There was a fox . It lived .")
+        language.archaic("There was a fox . It lived .")
         == "Verily , yonder wast a fox . It did dwell , forsooth ."
     )
     # an answer that was cut off
-    assert tiny.archaic("Mip has") == "Verily , Mip hath , forsooth ."
+    assert language.archaic("Mip has") == "Verily , Mip hath , forsooth ."
 
 
 def test_every_word_is_known_and_comes_back(chat, rows, world):
@@ -152,9 +152,9 @@ def test_held_out_instructions_are_answered(net, chat, rows, world):
 
 
 def test_the_seed_is_the_world():
-    seen, held = tiny.lines(3)
-    assert tiny.lines(3) == (seen, held)
-    assert tiny.lines(4)[1]["capital"] != held["capital"]
+    seen, held = language.lines(3)
+    assert language.lines(3) == (seen, held)
+    assert language.lines(4)[1]["capital"] != held["capital"]
     for kind, group in held.items():
         assert 0.19 < len(group) / (len(group) + len(seen[kind])) < 0.21
         assert not {line["prompt"] for line in group} & {line["prompt"] for line in seen[kind]}
