@@ -125,6 +125,10 @@ def check_settings(file, config, device):
     table = fields_of(training_parser(), complete=True) | dict.fromkeys(FITTED, NUMBER)
     for name in ("out", "resume", "go_on", "dry_run"):          # not kept in the file
         del table[name]
+    for name in sorted(table.keys() - config.keys()):
+        if table[name][0] is not None:
+            raise InputError(f"{file}: has no {name}, which an older version did not write; add it with the "
+                             "value that the run was trained with, or train the run again")
     check_fields(file, config, table)
     try:
         absent = dict.fromkeys(table.keys() - config.keys())        # those that may be

@@ -1011,6 +1011,14 @@ def test_a_setting_that_may_be_absent_may_be(run):
     ablate.check_settings(run / "config.json", config, "cpu")
 
 
+@pytest.mark.parametrize("name", ("paired", "delta_dtype", "rho", "steps"))
+def test_a_run_of_an_older_version_says_what_it_lacks(run, name):
+    config = read_json(run / "config.json")
+    del config[name]
+    with pytest.raises(InputError, match=f"config.json: has no {name}, which an older version did not write"):
+        ablate.check_settings(run / "config.json", config, "cpu")
+
+
 def test_a_row_with_the_papers_trigger(run, monkeypatch):
     r, seen = rows_run(run), []
     monkeypatch.setattr(
