@@ -166,9 +166,17 @@ def draw(sizes, path):
         return
     fig, panels = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
     for axes, (all_of, some) in zip(panels, (("gates", "open"), ("entries", "on"))):
+        sizes_of, found = [], []
         for shape, runs in sizes.items():
-            axes.plot([r[all_of] for r in runs], [max(r[some], 1) for r in runs], "o", label=shape)
-        axes.set(xscale="log", yscale="log", xlabel=MEASURES[all_of], ylabel=MEASURES[some])
+            x, y = [r[all_of] for r in runs], [max(r[some], 1) for r in runs]
+            axes.plot(x, y, "o", label=shape)
+            sizes_of, found = sizes_of + x, found + y
+        low, high = min(found) / 1.5, max(found) * 1.5
+        round_numbers = [n * 10 ** k for k in range(9) for n in (1, 2, 5) if low <= n * 10 ** k <= high]
+        axes.set(xscale="log", yscale="log", ylim=(low, high), xlabel=MEASURES[all_of], ylabel=MEASURES[some])
+        axes.set_xticks(sorted(set(sizes_of)), [f"{n / 1000:,.0f} k" for n in sorted(set(sizes_of))])
+        axes.set_yticks(round_numbers, [f"{n:,}" for n in round_numbers])
+        axes.minorticks_off()
     panels[0].legend(title="width x layers", fontsize=8)
     figure.keep(plt, fig, path)
 
