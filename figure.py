@@ -67,7 +67,8 @@ def draw_bars(axes, results, metrics, title):
                      error_kw={"lw": 0.8})
     axes.set(xticks=range(len(names)), title=f"{title} (95 % CI)")
     axes.set_xticklabels([called(n, results) for n in names])
-    axes.legend(fontsize=8, ncols=2, loc="upper center")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, ncols=2, loc="upper center")
 
 
 def plotting():
