@@ -252,53 +252,74 @@ def trigger_of(run, name, which, net):
     return tau
 
 
+class Exports:
+    """
+    A run's exports: what they have in common, and a method a kind that writes one into `folder` and
+    returns (what is said of it, facts for its card).
+    """
+
+    def __init__(self, o):
+        self.o, self.run = o, Path(o.run)
+        if not (self.run / "config.json").is_file():
+            raise InputError(f"{self.run} is not a run directory; give one that lcdd.py has written")
+        self.settings = read_json(self.run / "config.json")
+        asked = {key: CONFIG[key] for key in ("model", "task", "dtype")}
+        check_fields(self.run / "config.json", self.settings, asked)
+        name = self.settings["model"]
+        self.source = locate(name).resolve()
+        from_hub = name != EMBEDDED and not Path(name).exists()
+        self.base = name if from_hub else str(self.source)
+        self.task = Path(self.settings["task"]).name
+        self.net = model.load(self.source, dtype=getattr(torch, self.settings["dtype"]))
+        file = {"lcdd": "carrier.safetensors", "sft": "sft.safetensors"}[o.which]
+        self.carrier = carriers.load(self.run / file, self.net)
+        if "prompt" in o.kinds or o.trigger != "trigger":       # a trigger that was named has to be there
+            self.tau = trigger_of(self.run, o.trigger, o.which, self.net)
+
+    def checkpoint(self, folder):
+        dtype = getattr(torch, self.o.dtype) if self.o.dtype else None
+        lost = write_merged(folder, self.source, self.carrier, dtype)
+        rounding = f"the weights' dtype moves the delta by {lost:.2%} of its norm"
+        advice = " (--dtype float32 does not)" if lost > 0.01 else ""
+        return rounding + advice, {"rounding": rounding}
+
+    def adapter(self, folder):
+        ranks = lora.write(folder, self.carrier, self.net, self.base)
+        largest = max(ranks, key=ranks.get)
+        rank = f"{ranks[largest]}, of {largest}"
+        said = f"{len(ranks)} modules, largest rank {rank}"
+        if ranks[largest] > RANK_LIMIT:
+            said += f"; above {RANK_LIMIT} serving engines may refuse it: --as merged has no such limit"
+        return said, {"largest rank": rank}
+
+    def run_directory(self, folder):
+        return f"{write_run(folder, self.run, self.settings, self.o.trigger):,} bytes", {}
+
+    def prompt(self, folder):
+        merged = Path(self.o.to) / "merged"
+        before = str(merged.resolve()) if "merged" in self.o.kinds else self.base
+        write_prompt(folder, self.tau, self.net.config, before)
+        return f"{len(self.tau)} tokens", {"tokens": len(self.tau)}
+
+
 def main(argv=None):
     o = options(argv)
-    run, to = Path(o.run), Path(o.to)
-    if not (run / "config.json").is_file():
-        raise InputError(f"{run} is not a run directory; give one that lcdd.py has written")
-    settings = read_json(run / "config.json")
-    check_fields(run / "config.json", settings, {key: CONFIG[key] for key in ("model", "task", "dtype")})
-    source = locate(settings["model"]).resolve()
-    from_hub = settings["model"] != EMBEDDED and not Path(settings["model"]).exists()
-    base = settings["model"] if from_hub else str(source)
-    net = model.load(source, dtype=getattr(torch, settings["dtype"]))
-    file = {"lcdd": "carrier.safetensors", "sft": "sft.safetensors"}[o.which]
-    carrier = carriers.load(run / file, net)
-    tau = None
-    if "prompt" in o.kinds or o.trigger != "trigger":       # a trigger that was named has to be there
-        tau = trigger_of(run, o.trigger, o.which, net)
-    table = run / "results.md"
+    exports, to = Exports(o), Path(o.to)
+    write = {"merged": exports.checkpoint, "lora": exports.adapter, "prompt": exports.prompt,
+             "run": exports.run_directory}
+    table = exports.run / "results.md"
     results = table.read_text(encoding="utf-8") if table.is_file() else ""
-    stats, task, of_base = carrier.stats(), Path(settings["task"]).name, packed.fingerprint(net)
-    print(f"{o.which} of {run}: gates off {stats['sparsity']:.3f}, "
+    stats, of_base = exports.carrier.stats(), packed.fingerprint(exports.net)
+    print(f"{o.which} of {exports.run}: gates off {stats['sparsity']:.3f}, "
           f"entries of Δ off {stats['entries_off']:.3f}")
-
+    common = {"base fingerprint": of_base, "gates off": f"{stats['sparsity']:.4f}",
+              "entries of the delta off": f"{stats['entries_off']:.4f}"}
+    marked = dict(which=o.which, task=exports.task, base=of_base)
     for kind in (k for k in KINDS if k in o.kinds):
-        facts = {"base fingerprint": of_base, "gates off": f"{stats['sparsity']:.4f}",
-                 "entries of the delta off": f"{stats['entries_off']:.4f}"}
-        with replacing(to / kind, MARKER, kind=kind, which=o.which, task=task, base=of_base) as folder:
-            if kind == "merged":
-                dtype = getattr(torch, o.dtype) if o.dtype else None
-                lost = write_merged(folder, source, carrier, dtype)
-                facts["rounding"] = f"the weights' dtype moves the delta by {lost:.2%} of its norm"
-                said = facts["rounding"] + (" (--dtype float32 does not)" if lost > 0.01 else "")
-            elif kind == "lora":
-                ranks = lora.write(folder, carrier, net, base)
-                largest = max(ranks, key=ranks.get)
-                facts["largest rank"] = f"{ranks[largest]}, of {largest}"
-                said = f"{len(ranks)} modules, largest rank {facts['largest rank']}"
-                if ranks[largest] > RANK_LIMIT:
-                    said += (f"; above {RANK_LIMIT} serving engines may refuse it: "
-                             "--as merged has no such limit")
-            elif kind == "run":
-                said = f"{write_run(folder, run, settings, o.trigger):,} bytes"
-            else:
-                before = str((to / "merged").resolve()) if "merged" in o.kinds else base
-                write_prompt(folder, tau, net.config, before)
-                facts["tokens"] = len(tau)
-                said = f"{len(tau)} tokens"
-            text = card(kind, to / kind, base, source, task, o.which, facts, results)
+        with replacing(to / kind, MARKER, kind=kind, **marked) as folder:
+            said, facts = write[kind](folder)
+            text = card(kind, to / kind, exports.base, exports.source, exports.task, o.which,
+                        common | facts, results)
             (folder / "README.md").write_text(text, encoding="utf-8")
         print(f"{to / kind}: {said}")
 

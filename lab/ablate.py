@@ -549,6 +549,28 @@ def gates_of(folders):
     return found
 
 
+def work_of(o, jobs):
+    """What work() takes, run by run. Raises InputError where --rows names none."""
+    todo = []
+    for task, runs in jobs.items():
+        names = rows_of(o, task)
+        if not names:
+            raise InputError(f"--rows {' '.join(o.rows)}: no row has such a name; "
+                             "see the tables of a whole run")
+        todo += [(folder, settings, o, names) for folder, settings in runs]
+    return todo
+
+
+def done_by(o, start):
+    """The last line of the tables: how many seeds, on which machine, in what time."""
+    device = f"{os.cpu_count()} CPU cores"
+    if o.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    return (f"{o.seeds} seed{'s' * (o.seeds > 1)}, mean ± std, {o.split} prompts; {device}, "
+            f"torch {torch.__version__}, {(time.time() - start) / 60:.1f} minutes for what was not "
+            "there yet.")
+
+
 def main(argv=None):
     o = options(argv)
     start, out = time.time(), Path(o.run or o.out or "runs/table")
@@ -557,13 +579,7 @@ def main(argv=None):
     jobs = jobs_of(o, out)
     if o.run:
         o.curve_tasks = list(jobs)
-    todo = []
-    for task, runs in jobs.items():
-        names = rows_of(o, task)
-        if not names:
-            raise InputError(f"--rows {' '.join(o.rows)}: no row has such a name; "
-                             "see the tables of a whole run")
-        todo += [(folder, settings, o, names) for folder, settings in runs]
+    todo = work_of(o, jobs)
     if min(o.jobs, len(todo)) > 1 and not o.device.startswith("cuda"):
         done = iter(work_in_processes(todo, o.jobs))
     else:
@@ -574,16 +590,9 @@ def main(argv=None):
         length = trigger_options(runs[0][0], o.device).length
         gates = gates_of([folder for folder, _ in runs])
         parts.append(report(task, everything[task], o, length, gates))
-    device = f"{os.cpu_count()} CPU cores"
-    if o.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    parts.append(
-        f"{o.seeds} seed{'s' * (o.seeds > 1)}, mean ± std, {o.split} prompts; {device}, "
-        f"torch {torch.__version__}, {(time.time() - start) / 60:.1f} minutes for what was not "
-        "there yet.")
+    text = "\n\n".join([*parts, done_by(o, start)])
     out.mkdir(parents=True, exist_ok=True)
     name = "tables" if o.split == "test" else f"tables-{o.split}"
-    text = "\n\n".join(parts)
     (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     write_json(out / f"{name}.json", everything)
     curve.draw(everything, out / f"{name}.png", length)

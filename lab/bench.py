@@ -614,7 +614,8 @@ def bench_growth(s, device):
     return found
 
 
-def main(argv=None):
+def options(argv=None):
+    """The command line."""
     p = Parser(__doc__)
     a = p.add_argument
     a("--model", help="only beside transformers and peft, on this checkpoint (a folder or a hub id)")
@@ -630,10 +631,38 @@ def main(argv=None):
     o = p.parse_args(argv)
     check_device(o.device)
     check_numbers(o)
-    start, cuda = time.perf_counter(), o.device.startswith("cuda")
+    return o
+
+
+def only_memory(o):
+    """Part 2 at the paper's shapes."""
+    found = bench_memory(SETTINGS["quick" if o.quick else "cuda"], o.device)
+    if not o.quick:
+        found["deepseek_bytes"] = deepseek_memory(o.device)
+    return found
+
+
+def everything(o):
+    """All five parts; DeepSeek-8B's step last, for it may not fit."""
+    cuda = o.device.startswith("cuda")
+    s = SETTINGS["quick" if o.quick else "cuda" if cuda else "cpu"]
+    found = {
+        "step": bench_step(s, o.device),
+        "memory": bench_memory(s, o.device),
+        "precision": bench_precision(s, o.device),
+        "batching": bench_batching(s, o.device, o.seed),
+        "growth": bench_growth(s, o.device),
+    }
+    if cuda and not o.quick:
+        found["memory"]["deepseek_bytes"] = deepseek_memory(o.device)
+    return found
+
+
+def main(argv=None):
+    o, start = options(argv), time.perf_counter()
     torch.manual_seed(o.seed)
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if cuda:
+    if o.device.startswith("cuda"):
         machine = torch.cuda.get_device_name()
     result = {"machine": machine, "torch": torch.__version__, "device": o.device,
               "quick": o.quick, "seed": o.seed}
@@ -641,23 +670,10 @@ def main(argv=None):
     if o.model:
         from lab import peers  # it measures by what stands here
         result["peers"] = peers.measure(o)
-        print("\n" + json.dumps(result))
-        return
-    if o.memory:
-        s = SETTINGS["quick" if o.quick else "cuda"]
-        result["memory"] = bench_memory(s, o.device)
-        if not o.quick:
-            result["memory"]["deepseek_bytes"] = deepseek_memory(o.device)
-        print(json.dumps(result))
-        return
-    s = SETTINGS["quick" if o.quick else "cuda" if cuda else "cpu"]
-    result["step"] = bench_step(s, o.device)
-    result["memory"] = bench_memory(s, o.device)
-    result["precision"] = bench_precision(s, o.device)
-    result["batching"] = bench_batching(s, o.device, o.seed)
-    result["growth"] = bench_growth(s, o.device)
-    if cuda and not o.quick:
-        result["memory"]["deepseek_bytes"] = deepseek_memory(o.device)
+    elif o.memory:
+        result["memory"] = only_memory(o)
+    else:
+        result |= everything(o)
     result["seconds"] = round(time.perf_counter() - start, 1)
     print(f"\n{duration(result['seconds'])} in all.\n\n{json.dumps(result)}")
 
