@@ -296,6 +296,26 @@ def dtype_of_run(o):
     return found if found in DTYPES else None
 
 
+def load_base(o, chat):
+    """The base on its device, in --dtype or else what is fast there; o.dtype is filled in."""
+    o.dtype = o.dtype or dtype_of_run(o)
+    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
+    o.dtype = str(net.dtype).removeprefix("torch.")
+    net.checkpoint, net.stop = o.checkpoint, chat.stop
+    machine.set_threads(net)
+    return net
+
+
+def recorded(o, net, chat, sources, words):
+    """What config.json keeps: the settings, and what they were used on and with."""
+    kept = {k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")}
+    return {
+        **kept, "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
+        "chat_fingerprint": chat.fingerprint(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "made": made_by("lcdd.py", words)}
+
+
 def main(argv=None):
     """The command: read the options and the data, load the model, and train in a run directory."""
     o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
@@ -308,23 +328,14 @@ def main(argv=None):
     examples = training.supervised(examples, o.loss)
     if o.dry_run:
         return plan.show(o, chat, splits, examples)
-    o.dtype = o.dtype or dtype_of_run(o)
-    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
-    o.dtype = str(net.dtype).removeprefix("torch.")
-    net.checkpoint, net.stop = o.checkpoint, chat.stop
-    machine.set_threads(net)
+    net = load_base(o, chat)
     fit(o, net.config.hidden_size, len(splits["train"]))
     check_processes("--batch", o.batch)
     check_memory(o, net, examples)
     sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
     tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
     name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
-    run = open_run(o.out, name, o.resume, {
-        **{k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")},
-        "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
-        "chat_fingerprint": chat.fingerprint(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "made": made_by("lcdd.py", words)})
+    run = open_run(o.out, name, o.resume, recorded(o, net, chat, sources, words))
     counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
     print(f"{chat.folder.name}, task {o.task}: {counts}; run directory {run}")
     print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} "
