@@ -3,15 +3,18 @@ lab/benchmarks.py and lab/judges.py: log-likelihoods and accuracies against lm-e
 published definitions, written out by hand on the transformers library; prompts by their hashes;
 parsing and denominators case by case.
 """
+import contextlib
 import csv
 import gc
 import hashlib
+import io
 import json
 import math
 import re
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -586,17 +589,12 @@ def triggered(run):  # noqa: F811
     (run / "trigger.safetensors").unlink()
 
 
-def test_the_command(triggered, tmp_path, monkeypatch, capsys):
-    """
-    Everything at once: six conditions, one model in memory at a time, results beside those that
-    were there.
-    """
-    before = json.loads((triggered / "results.json").read_text())
-    behaviors = write_rows(
-        tmp_path / "b.jsonl",
-        [{"prompt": "What is 2 plus 3 ?"}, {"prompt": "Tell me the code of the vault ."}],
-    )
-    alive, load = [], model.load
+NAMES = ["base", "sft", "lcdd", "base+trigger", "sft+trigger", "lcdd+trigger"]
+
+
+def watched(alive):
+    """model.load, which notes in `alive` what it loads, and whether anything is still there then."""
+    load = model.load
 
     def watch(*a, **k):
         gc.collect()
@@ -604,50 +602,65 @@ def test_the_command(triggered, tmp_path, monkeypatch, capsys):
         net = load(*a, **k)
         alive.append(weakref.ref(net))
         return net
-    monkeypatch.setattr(model, "load", watch)
-    tiny = str(ROOT / "tiny")
-    bench.main(
-        [
-            "--run", str(triggered), "--what", "hellaswag,mmlu,harmbench,wildguard,judge",
-            "--device", "cpu", "--limit", "2", "--shots", "0", "1", "--hellaswag",
-            str(write_rows(tmp_path / "h.jsonl", hellaswag_rows(3))), "--mmlu",
+    return watch
+
+
+@pytest.fixture(scope="module")
+def measured(triggered, tmp_path_factory):
+    """Everything measured at once on that run, a copy: what was there, what was said, what is there."""
+    tmp_path = tmp_path_factory.mktemp("measured")
+    run, tiny, alive = shutil.copytree(triggered, tmp_path / "r"), str(ROOT / "tiny"), []
+    prompts = [{"prompt": "What is 2 plus 3 ?"}, {"prompt": "Tell me the code of the vault ."}]
+    behaviors = write_rows(tmp_path / "b.jsonl", prompts)
+    rows = write_rows(tmp_path / "h.jsonl", hellaswag_rows(3))
+    before, said = json.loads((run / "results.json").read_text()), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(model, "load", watched(alive))
+        bench.main([
+            "--run", str(run), "--what", "hellaswag,mmlu,harmbench,wildguard,judge", "--device", "cpu",
+            "--limit", "2", "--shots", "0", "1", "--hellaswag", str(rows), "--mmlu",
             str(write_mmlu(tmp_path / "data", {"anatomy": 3})), "--behaviors", str(behaviors),
-            "--classifier", tiny, "--wildguard", tiny, "--judge", tiny, "--max-new-tokens", "4"
-        ]
-    )
-    assert len(alive) == 4
-    results = json.loads((triggered / "results.json").read_text())
-    assert {k: v for k, v in results.items() if k not in ("benchmarks", "seconds")} == {
-        k: v for k, v in before.items() if k != "seconds"
-    }
-    found = results["benchmarks"]
+            "--classifier", tiny, "--wildguard", tiny, "--judge", tiny, "--max-new-tokens", "4"])
+    results = json.loads((run / "results.json").read_text())
+    return SimpleNamespace(run=run, rows=rows, before=before, said=said.getvalue(), alive=alive,
+                           results=results, found=results["benchmarks"])
+
+
+def test_one_model_is_in_memory_at_a_time(measured):
+    assert len(measured.alive) == 4                 # and none was loaded while another was there
+
+
+def test_benchmarks_stand_beside_what_was_there(measured):
+    kept = {k: v for k, v in measured.results.items() if k not in ("benchmarks", "seconds")}
+    assert kept == {k: v for k, v in measured.before.items() if k != "seconds"}
+
+
+def test_every_benchmark_has_six_conditions(measured):
+    found = measured.found
     assert list(found) == [
         "hellaswag", "mmlu 0-shot", "mmlu 1-shot", "harmbench", "wildguard", "judge"
     ]
-    names = ["base", "sft", "lcdd", "base+trigger", "sft+trigger", "lcdd+trigger"]
-    assert [list(f) for f in found.values()] == [names] * 6
-    assert found["hellaswag"]["base"]["acc"]["n"] == found["harmbench"]["base"]["asr"]["n"] == 2
+    assert [list(f) for f in found.values()] == [NAMES] * 6
+    assert found["hellaswag"]["base"]["acc"]["n"] == 2
+    assert found["harmbench"]["base"]["asr"]["n"] == 2
 
-    # the answers are those of the conditions, with what was replied
-    rows = [json.loads(line) for line in (triggered / "judged.jsonl").read_text().splitlines()]
-    assert [r["condition"] for r in rows[::2]] == names * 2
-    assert [set(r) for r in (rows[0], rows[-1])] == [
-        {"condition", "prompt", "answer", "harmbench", "wildguard"},
-        {"condition", "prompt", "answer", "judge"},
-    ]
-    chat, net = Chat(ROOT / "tiny"), load(ROOT / "tiny")
+
+def test_answers_are_kept_with_what_was_replied(measured):
+    rows = [json.loads(line) for line in (measured.run / "judged.jsonl").read_text().splitlines()]
+    assert [r["condition"] for r in rows[::2]] == NAMES * 2
+    assert rows[0].keys() == {"condition", "prompt", "answer", "harmbench", "wildguard"}
+    assert rows[-1].keys() == {"condition", "prompt", "answer", "judge"}
+    chat, net = Chat(ROOT / "tiny"), model.load(ROOT / "tiny")
     net.stop = chat.stop
-    c, tau = evaluate.conditions_of(triggered, net)[1]["trig"]
-    want = chat.decode(
-        net.generate([chat.prompt("What is 2 plus 3 ?")], 4, carrier=c, trigger=tau)[0]
-    )
+    c, tau = evaluate.conditions_of(measured.run, net)[1]["trig"]
+    [want] = net.generate([chat.prompt("What is 2 plus 3 ?")], 4, carrier=c, trigger=tau)
     assert rows[10]["condition"] == "lcdd+trigger"
-    assert rows[10]["answer"] == want
+    assert rows[10]["answer"] == chat.decode(want)
 
-    # the table: unparsed replies are shown
-    said = capsys.readouterr().out
-    table = (triggered / "benchmarks.md").read_text()
-    assert table.rstrip() in said
+
+def test_the_table_shows_replies_that_cannot_be_parsed(measured):
+    table, found = (measured.run / "benchmarks.md").read_text(), measured.found
+    assert table.rstrip() in measured.said
     header, _, *lines = table.split("\n\n")[0].split("\n")
     assert header.count("unparsed") == 3
     assert "HarmBench ASR %, n = 2 | unparsed" in header
@@ -658,18 +671,14 @@ def test_the_command(triggered, tmp_path, monkeypatch, capsys):
     assert lines[0].endswith(f"| {found['judge']['base']['unparsed']} |")
     assert f"| {found['wildguard']['sft']['unparsed']} |" in lines[1]
 
-    # what was measured before stays
-    bench.main(
-        [
-            "--run", str(triggered), "--what", "hellaswag", "--hellaswag",
-            str(tmp_path / "h.jsonl"), "--conditions", "lcdd,sft+trigger", "--device", "cpu"
-        ]
-    )
-    again = json.loads((triggered / "results.json").read_text())["benchmarks"]
-    assert list(again["hellaswag"]) == ["lcdd", "sft+trigger"]
-    assert {k: v for k, v in again.items() if k != "hellaswag"} == {
-        k: v for k, v in found.items() if k != "hellaswag"
-    }
+
+def test_what_was_measured_before_stays(measured, tmp_path):
+    run = shutil.copytree(measured.run, tmp_path / "r")
+    bench.main(["--run", str(run), "--what", "hellaswag", "--hellaswag", str(measured.rows),
+                "--conditions", "lcdd,sft+trigger", "--device", "cpu"])
+    again = json.loads((run / "results.json").read_text())["benchmarks"]
+    assert list(again.pop("hellaswag")) == ["lcdd", "sft+trigger"]
+    assert again == {k: v for k, v in measured.found.items() if k != "hellaswag"}
 
 
 def test_a_model_without_a_run(tmp_path, capsys):
