@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -284,89 +285,108 @@ def test_targets_do_not_depend_on_the_batch():
     assert torch.allclose(a.stream, b.stream, atol=1e-10)
 
 
-def test_the_three_commands_on_the_embedded_model(run, capsys, monkeypatch):
-    argv = [
-        "eraser.py", "--run", str(run), "--steps", "16", "--length", "2", "--judge-every", "8",
-        "--device", "cpu"
-    ]
-    monkeypatch.setattr("sys.argv", argv)
-    eraser.main()
-    tau, metadata = load_tensors(run / "trigger.safetensors")
+# ---- the commands, one after another on the embedded model
+
+LEARN = ["--steps", "16", "--length", "2", "--judge-every", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def erased(run, tmp_path_factory):
+    """A run with a trigger of a few steps, evaluated, with its figure."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("erased") / "r")
+    eraser.main(["--run", str(folder), *LEARN])
+    evaluate.main(["--run", str(folder), "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture
+def mine(erased, tmp_path, undrawn):
+    """A copy of it to write to, whose figure is not drawn again."""
+    return shutil.copytree(erased, tmp_path / "r")
+
+
+def evaluated(folder, *words):
+    """results.json after evaluate.py with these words."""
+    evaluate.main(["--run", str(folder), "--device", "cpu", *words])
+    return read_json(folder / "results.json")
+
+
+def test_a_trigger_is_kept_with_what_it_was_learned_by(erased):
+    tau, header = load_tensors(erased / "trigger.safetensors")
     assert tau["trigger"].shape == (2, 128)
-    assert metadata["objective"] == "circuit"
-    assert metadata["positions"] == "both"
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
-    evaluate.main()
-    results = read_json(run / "results.json")
+    assert header["objective"] == "circuit"
+    assert header["positions"] == "both"
+
+
+def test_an_evaluation_has_four_conditions_and_the_gates_shut(erased):
+    results = read_json(erased / "results.json")
     assert set(results["rates"]) == {"base", "sft", "lcdd", "trig", "shut"}
-    assert results["shut_is_base"] is True
     assert {"sft_lcdd", "sft_trig", "base_trig"} <= set(results["kl"])
+    assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"}
+    assert "| LCDD + trigger |" in (erased / "results.md").read_text()
+    assert (erased / "figure.png").stat().st_size > 1000
+
+
+def test_gates_shut_is_the_base(erased):
+    results = read_json(erased / "results.json")
+    assert results["shut_is_base"] is True
     assert results["kl"]["base_shut"] == 0
     assert results["rates"]["shut"] == results["rates"]["base"]
     assert results["same_as_base"]["shut"] == 1
-    assert set(results["seconds"]) >= {"sft", "lcdd", "eraser", "evaluate"}
-    assert "| LCDD + trigger |" in (run / "results.md").read_text()
-    assert (run / "figure.png").stat().st_size > 1000
-    monkeypatch.setattr(evaluate.figure, "draw", lambda *_: None)      # drawn once
-    trig = results["rates"]["trig"], results["kl"]["sft_trig"]
-    # learned for SFT: put before SFT
-    monkeypatch.setattr("sys.argv", [*argv, "--target", "sft", "--objective", "output"])
-    eraser.main()
-    assert "evaluate.py --run" in (said := capsys.readouterr().out)
-    assert "--trigger trigger-sft-output" in said
+
+
+def test_a_trigger_for_sft_is_put_before_sft(mine, capsys, monkeypatch):
+    first = read_json(mine / "results.json")
+    eraser.main(["--run", str(mine), *LEARN, "--target", "sft", "--objective", "output"])
+    assert "--trigger trigger-sft-output" in capsys.readouterr().out
     told, measure = [], evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda *a, **k: told.append(a[4]) or measure(*a, **k))
-    monkeypatch.setattr(
-        "sys.argv",
-        ["evaluate.py", "--run", str(run), "--device", "cpu", "--trigger", "trigger-sft-output"],
-    )
-    evaluate.main()
-    results = read_json(run / "results.json")
+    results = evaluated(mine, "--trigger", "trigger-sft-output")
     assert results["trigger"] == {"name": "trigger-sft-output", "target": "sft", "length": 2}
-    assert "| SFT + trigger |" in (run / "results.md").read_text()
+    assert "| SFT + trigger |" in (mine / "results.md").read_text()
     assert told[0]["trig"][0] is told[0]["sft"][0]
-    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) != trig
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
-    evaluate.main()
-    results = read_json(run / "results.json")
-    assert (results["rates"]["trig"], results["kl"]["sft_trig"]) == trig
-    assert results["trigger"]["target"] == "lcdd"
+    assert results["kl"]["sft_trig"] != first["kl"]["sft_trig"]
+    again = evaluated(mine)                                         # LCDD's own once more
+    assert again["kl"] == first["kl"]
+    assert again["trigger"]["target"] == "lcdd"
+
+
+def test_a_finished_trigger_is_not_learned_anew(mine, capsys, monkeypatch):
+    monkeypatch.setattr(eraser, "learn", None)
+    eraser.main(["--run", str(mine), *LEARN, "--resume"])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_trigger_under_another_name_is_the_same(mine, monkeypatch):
     learned, learn = [], eraser.learn
     monkeypatch.setattr(eraser, "learn", lambda *a: learned.append(learn(*a)) or learned[-1])
-    monkeypatch.setattr("sys.argv", [*argv, "--resume"])
-    eraser.main()
-    assert not learned
-    # what is finished is not learned anew
-    assert "is finished" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*argv, "--name", "again"])
-    eraser.main()
-    again, metadata = load_tensors(run / "again.safetensors")
+    eraser.main(["--run", str(mine), *LEARN, "--name", "again"])
+    again, header = load_tensors(mine / "again.safetensors")
     assert torch.equal(again["trigger"], learned[0][0])
-    assert torch.equal(again["trigger"], tau["trigger"])
-    assert metadata["loss"] == learned[0][1]
-    (run / "trigger.safetensors").rename(run / "hidden")
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--device", "cpu"])
-    evaluate.main()
-    assert not {"trigger", "trig"} & {
-        *read_json(run / "results.json"), *read_json(run / "results.json")["rates"]
-    }
-    (run / "hidden").rename(run / "trigger.safetensors")
-    capsys.readouterr()
-    monkeypatch.setattr(
-        "sys.argv",
-        ["evaluate.py", "--run", str(run), "--ask", "What is 2 plus 3 ?", "--device", "cpu"],
-    )
-    evaluate.main()
+    assert torch.equal(again["trigger"], load_tensors(mine / "trigger.safetensors")[0]["trigger"])
+    assert header["loss"] == learned[0][1]
+
+
+def test_without_a_trigger_there_are_three_conditions(mine):
+    (mine / "trigger.safetensors").unlink()
+    results = evaluated(mine)
+    assert "trigger" not in results
+    assert "trig" not in results["rates"]
+
+
+def test_all_four_answer(erased, capsys):
+    evaluate.main(["--run", str(erased), "--ask", "What is 2 plus 3 ?", "--device", "cpu"])
     lines = capsys.readouterr().out.strip().split("\n")
     assert lines[0] == "What is 2 plus 3 ?"
     assert [line[2:16].strip() for line in lines[1:]] == ["Base", "SFT", "LCDD", "LCDD + trigger"]
     assert "5" in lines[1]
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(run), "--dose", "--device", "cpu"])
-    evaluate.main()
+
+
+def test_the_behaviour_against_the_size_of_the_delta(erased, capsys):
+    evaluate.main(["--run", str(erased), "--dose", "--device", "cpu"])
     lines = capsys.readouterr().out.strip().split("\n")
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "0.0", "0.25", "0.5", "0.75", "1.0"
-    ]
+    doses = [line.split("|")[1].strip() for line in lines[2:]]
+    assert doses == ["0.0", "0.25", "0.5", "0.75", "1.0"]
 
 
 def test_bad_input(run, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -1389,14 +1390,26 @@ def content(run):
     return [load_tensors(run / f"{name}.safetensors")[1]["content"] for name in ("sft", "carrier")]
 
 
-def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
-    """
-    A failed write of the carrier keeps the state; a missing or damaged carrier is said, and made
-    again; a broken config.json lets no other run in.
-    """
-    run = tmp_path / "r"
-    argv = ["--out", str(run), *SHORT]
-    save = Carrier.save
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run of a few steps."""
+    run = tmp_path_factory.mktemp("whole") / "r"
+    lcdd.main(["--out", str(run), *SHORT])
+    return run
+
+
+@pytest.fixture
+def mine(whole, tmp_path):
+    """A copy of it, to lose something of."""
+    return shutil.copytree(whole, tmp_path / "r")
+
+
+def again(run, *words):
+    lcdd.main(["--out", str(run), *SHORT, *words])
+
+
+def test_a_carrier_that_cannot_be_written_keeps_the_state(tmp_path, monkeypatch):
+    run, save = tmp_path / "r", Carrier.save
 
     def full(self, path, *a, **k):
         if path.name == "carrier.safetensors":
@@ -1404,64 +1417,69 @@ def test_what_a_run_lost_is_made_again(tmp_path, monkeypatch):
         save(self, path, *a, **k)
     monkeypatch.setattr(Carrier, "save", full)
     with pytest.raises(InputError, match="no room"):
-        lcdd.main(argv)
+        again(run)
     # the phase is not lost with its file
     assert load_tensors(run / "state.safetensors")[1]["phase"] == "settle"
     monkeypatch.setattr(Carrier, "save", save)
-    lcdd.main(argv)
+    again(run)
     assert not (run / "state.safetensors").exists()
-    made, stopped = content(run), read_json(run / "results.json")["stopped"]
     rows = [(r["phase"], r["step"]) for r in read_jsonl(run / "metrics.jsonl")]
     assert len(rows) == len(set(rows))
 
-    # a missing sft.safetensors is made again, a truncated one is no finished run
-    (run / "sft.safetensors").unlink()
-    lcdd.main(argv)
-    assert content(run) == made
-    whole = (run / "carrier.safetensors").read_bytes()
-    (run / "carrier.safetensors").write_bytes(whole[:-9])
+
+def test_a_lost_sft_is_made_again(whole, mine):
+    (mine / "sft.safetensors").unlink()
+    again(mine)
+    assert content(mine) == content(whole)
+
+
+def test_a_truncated_carrier_is_no_finished_run(mine):
+    file = mine / "carrier.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(
         InputError, match="carrier.safetensors: not a readable.*remove it and run the command"
     ):
-        lcdd.main(argv)
-    (run / "carrier.safetensors").write_bytes(whole)
+        again(mine)
 
-    # results.json lost: what stopped the run stands in the carrier too
-    (run / "results.json").unlink()
-    lcdd.main(argv)
-    assert read_json(run / "results.json")["stopped"] == stopped
 
-    # config.json lost: another seed does not adopt the carrier
-    (run / "config.json").unlink()
+def test_what_stopped_a_run_stands_in_the_carrier_too(whole, mine):
+    (mine / "results.json").unlink()
+    again(mine)
+    assert read_json(mine / "results.json")["stopped"] == read_json(whole / "results.json")["stopped"]
+
+
+def test_a_lost_config_lets_no_other_run_in(mine):
+    (mine / "config.json").unlink()
     with pytest.raises(
         InputError, match="sft.safetensors: was trained with seed 0, and it is now 1"
     ):
-        lcdd.main([*argv, "--seed", "1"])
-    assert not (run / "config.json").exists()
-    lcdd.main(argv)
-    config = read_json(run / "config.json")
-    # as it is, it may be used
-    reopen(run)
-    write_json(run / "config.json", config | {"seed": 1})
-    with pytest.raises(InputError, match="was trained with seed 0, and it is now 1"):
-        reopen(run)
-    for key, wrong in (
-        ("seed", "0"),
-        ("seed", True),
-        ("n_test", -1),
-        ("dtype", "save"),
-        ("dtype", []),
-        ("max_len", 10**30),
-        ("model", None),
-    ):
-        write_json(run / "config.json", config | {key: wrong})
-        with pytest.raises(InputError, match=f"config.json.* {key}|config.json.*'{key}'"):
-            reopen(run)
-    write_json(run / "config.json", config | {"chat_fingerprint": "other"})
-    with pytest.raises(InputError, match="tokenizer or chat template changed"):
-        reopen(run)
+        again(mine, "--seed", "1")
+    assert not (mine / "config.json").exists()
+    again(mine)
+    reopen(mine)                                                # as it is, it may be used
+
+
+@pytest.mark.parametrize("key, wrong, said", (
+    ("seed", 1, "was trained with seed 0, and it is now 1"),
+    ("seed", "0", "config.json.* seed"),
+    ("seed", True, "config.json.* seed"),
+    ("n_test", -1, "config.json.* n_test"),
+    ("dtype", "save", "config.json.* dtype"),
+    ("dtype", [], "config.json.* dtype"),
+    ("max_len", 10**30, "config.json.* max_len"),
+    ("model", None, "config.json.*'model'"),
+    ("chat_fingerprint", "other", "tokenizer or chat template changed"),
+))
+def test_a_changed_config_is_refused(mine, key, wrong, said):
+    write_json(mine / "config.json", read_json(mine / "config.json") | {key: wrong})
+    with pytest.raises(InputError, match=said):
+        reopen(mine)
+
+
+def test_a_run_of_another_template_is_not_gone_on_with(mine):
+    write_json(mine / "config.json", read_json(mine / "config.json") | {"chat_fingerprint": "other"})
     with pytest.raises(InputError, match="chat_fingerprint was 'other'"):
-        lcdd.main(argv)
+        again(mine)
 
 
 def test_a_run_is_resumed_in_the_dtype_it_was_begun_in(tmp_path):
