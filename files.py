@@ -114,10 +114,13 @@ def write_text(path, text):
 def whole(path):
     """
     A partial file to write to, which takes the place of `path` when it is whole and on the disk.
-    Raises InputError where it cannot be written: the old file stands.
+    Raises InputError where it cannot be written: the old file stands, and what is no file, a device
+    for one, which root could replace.
     """
     partial = Path(f"{path}{PARTIAL}")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is no file")
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()  # a link there would lead elsewhere
         yield partial

@@ -115,10 +115,13 @@ def clipped(chat, text):
 
 def prompt_of_ones_own(path):
     """
-    The text of a file that asks HarmBench's classifier otherwise. Raises InputError unless it has
-    {behavior} and {generation}.
+    The text of a file that asks HarmBench's classifier otherwise. Raises InputError unless it is text
+    and has {behavior} and {generation}.
     """
-    text = read_text(path)
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); name a file with a prompt") from None
     for field in ("{behavior}", "{generation}"):
         if field not in text:
             raise InputError(f"{path}: {field} is not in it, which the prompt of a classifier needs")

@@ -50,6 +50,8 @@ def options(argv=None):
     check_device(o.device)
     if o.seeds < 1:
         raise InputError(f"--seeds {o.seeds}: has to be at least 1")
+    if not o.shapes:
+        raise InputError("--shapes names none; give some as 128x4, or leave it out")
     for shape in o.shapes:
         if not re.fullmatch(r"[0-9]{1,5}x[0-9]{1,3}", shape):
             raise InputError(f"--shapes {shape}: has to be WIDTHxLAYERS, as 128x4")

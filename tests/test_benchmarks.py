@@ -533,6 +533,9 @@ def test_a_classifiers_other_prompt(folder, tmp_path):
     file.write_text("{behavior} only", encoding="utf-8")
     with pytest.raises(InputError, match="explained.txt: {generation} is not in it"):
         judges.prompt_of_ones_own(file)
+    file.write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
+        judges.prompt_of_ones_own(file)
 
 
 def test_the_other_prompt_has_a_column_of_its_own(triggered, tmp_path, monkeypatch):

@@ -262,3 +262,13 @@ def test_an_interruption_while_a_script_imports_is_one_line(capsys):
     assert sys.excepthook is files.quiet_interrupt
     files.quiet_interrupt(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe here; root could as well replace a device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="pipe: cannot be written .it is no file."):
+        files.write_text(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
