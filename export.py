@@ -277,6 +277,7 @@ class Exports:
             self.tau = trigger_of(self.run, o.trigger, o.which, self.net)
 
     def checkpoint(self, folder):
+        """The behaviour in the base's weights."""
         dtype = getattr(torch, self.o.dtype) if self.o.dtype else None
         lost = write_merged(folder, self.source, self.carrier, dtype)
         rounding = f"the weights' dtype moves the delta by {lost:.2%} of its norm"
@@ -284,6 +285,7 @@ class Exports:
         return rounding + advice, {"rounding": rounding}
 
     def adapter(self, folder):
+        """Δ as LoRA factors beside the base."""
         ranks = lora.write(folder, self.carrier, self.net, self.base)
         largest = max(ranks, key=ranks.get)
         rank = f"{ranks[largest]}, of {largest}"
@@ -293,9 +295,11 @@ class Exports:
         return said, {"largest rank": rank}
 
     def run_directory(self, folder):
+        """What evaluate.py --ask and lab.talk open."""
         return f"{write_run(folder, self.run, self.settings, self.o.trigger):,} bytes", {}
 
     def prompt(self, folder):
+        """The trigger, before the merged model where that is written too, else the base."""
         merged = Path(self.o.to) / "merged"
         before = str(merged.resolve()) if "merged" in self.o.kinds else self.base
         write_prompt(folder, self.tau, self.net.config, before)

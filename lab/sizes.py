@@ -21,13 +21,14 @@ import figure
 import lcdd
 import model
 from console import Parser, check_device, check_numbers, cli, markdown
-from files import InputError, read_json, write_json
+from files import NUMBER, InputError, check_fields, read_json, write_json, write_text
 from lab import tiny
 from lab.ablate import TASKS
+from lab.bench import exponent
 from run import EMBEDDED, locate, read_results
 
 SHAPES = ("64x4", "128x2", "128x4", "128x8", "256x4")
-NUMBERS = ("parameters", "gates", "open", "entries", "on", "own", "base", "sft", "lcdd", "trig")
+NUMBERS = ("parameters", "gates", "open", "entries", "on", "own", "sft", "lcdd", "trig")  # of size.json
 MEASURES = {
     "gates": "gates",
     "open": "open gates",
@@ -76,7 +77,9 @@ def measured(folder, base, seed, o):
     """One run from training to its evaluation, as {measure: number}; read where it is there."""
     file = folder / "size.json"
     if file.is_file():
-        return read_json(file)
+        found = read_json(file)
+        check_fields(file, found, dict.fromkeys(NUMBERS, NUMBER))
+        return found
     common = ["--device", o.device]
     lcdd.main(["--model", str(base), "--task", o.task, "--seed", str(seed), "--out", str(folder),
                "--resume", "--go-on", *common])
@@ -100,11 +103,9 @@ def numbers(folder, base):
         "on": round((1 - results["entries_off"]) * entries),
         "own": results["loss_own"]["trig"] - results["loss_own"]["base"],
     }
-    for name in ("base", "sft", "lcdd", "trig"):
-        rates = results["rates"]
-        if "harmful" in results["kinds"].get(name, {}):
-            rates = {name: results["kinds"][name]["harmful"]["rate"]}
-        found[name] = 100 * rates[name]
+    for name in ("sft", "lcdd", "trig"):
+        harmful = results["kinds"].get(name, {}).get("harmful", {})     # of safety, whose others are benign
+        found[name] = 100 * harmful.get("rate", results["rates"][name])
     return found
 
 
@@ -141,12 +142,12 @@ def table(sizes):
 
 def power(x, y):
     """(exponent, its standard error) of the power law y ~ x^exponent, by least squares of logarithms."""
-    x, y = np.log(x), np.log(np.maximum(y, 1))
-    (slope, offset), left = np.polyfit(x, y, 1), len(x) - 2
-    rest = ((y - slope * x - offset) ** 2).sum()
-    spread = ((x - x.mean()) ** 2).sum()
-    error = (rest / left / spread) ** 0.5 if left > 0 else float("nan")
-    return float(slope), float(error)
+    y = np.maximum(y, 1)
+    slope, left = exponent(x, y), len(x) - 2
+    x, y = (np.log(values) - np.log(values).mean() for values in (x, y))
+    rest = ((y - slope * x) ** 2).sum()
+    error = (rest / left / (x ** 2).sum()) ** 0.5 if left > 0 else float("nan")
+    return slope, float(error)
 
 
 def laws(sizes):
@@ -195,7 +196,7 @@ def main(argv=None):
             sizes[shape].append(measured(folder, base, seed, o))
     text = (f"{table(sizes)}\n\n{o.task}, {o.seeds} seed{'s' * (o.seeds > 1)} of one base a size, "
             f"mean ± std, test prompts. {laws(sizes)}\n")
-    (out / f"sizes-{o.task}.md").write_text(text, encoding="utf-8")
+    write_text(out / f"sizes-{o.task}.md", text)
     draw(sizes, out / f"sizes-{o.task}.png")
     print("\n" + text)
 

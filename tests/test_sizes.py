@@ -10,7 +10,7 @@ import model
 from files import InputError, read_json, write_json
 from lab import sizes, tiny
 
-RUN = dict(parameters=10 ** 6, gates=1000, open=10, entries=10 ** 5, on=20, own=0.05, base=0.0, sft=100.0,
+RUN = dict(parameters=10 ** 6, gates=1000, open=10, entries=10 ** 5, on=20, own=0.05, sft=100.0,
            lcdd=99.0, trig=1.0)
 
 
@@ -65,6 +65,21 @@ def test_numbers_of_a_run(finished, tmp_path):
     assert found["own"] == 0.25
     assert found["trig"] == 25
     assert set(found) == set(sizes.NUMBERS)
+
+
+def test_of_safety_the_harmful_prompts_count(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "r")
+    results = read_json(folder / "results.json")
+    results["loss_own"], results["rates"]["trig"] = {"base": 0.5, "trig": 0.75}, 0.25
+    results["kinds"]["trig"] = {"harmful": {"rate": 0.5}, "benign": {"rate": 0.0}}
+    write_json(folder / "results.json", results)
+    assert sizes.numbers(folder, ROOT / "tiny")["trig"] == 50
+
+
+def test_a_damaged_measurement_is_no_table(tmp_path):
+    write_json(tmp_path / "size.json", RUN | {"open": "10"})
+    with pytest.raises(InputError, match="size.json: .*open"):
+        sizes.measured(tmp_path, None, 0, None)
 
 
 def test_a_base_is_made_once_and_a_run_measured_once(tmp_path, monkeypatch):
