@@ -113,6 +113,20 @@ def exported(request, tmp_path_factory):
     return folder / "to", base, net, carrier, tau
 
 
+def test_a_trigger_names_the_model_that_it_is_put_before(exported):
+    """The merged checkpoint where both are written, else the base."""
+    to, *_ = exported
+    named = read_json(to / "prompt" / "adapter_config.json")["base_model_name_or_path"]
+    assert named == str((to / "merged").resolve())
+
+
+def test_a_trigger_alone_names_the_base(tmp_path):
+    run, base, *_ = make_run(tmp_path)
+    export.main(["--run", str(run), "--to", str(tmp_path / "to"), "--as", "prompt"])
+    named = read_json(tmp_path / "to" / "prompt" / "adapter_config.json")["base_model_name_or_path"]
+    assert named == str(base.resolve())
+
+
 # ---- with the real libraries
 
 @torch.no_grad()
