@@ -208,3 +208,16 @@ def test_peers_that_are_not_installed(monkeypatch, missing):
         InputError, match=f"{missing} is not installed; pip install transformers peft"
     ):
         bench.main(["--model", "tiny", "--quick"])
+
+
+@pytest.mark.parametrize("words, largest", (
+    (["--device", "cuda"], True), (["--device", "cuda", "--quick"], False), ([], False)))
+def test_the_largest_step_is_taken_last_and_on_a_gpu(monkeypatch, words, largest):
+    taken = []
+    monkeypatch.setattr(bench, "check_device", lambda name: None)
+    for name in ("step", "memory", "precision", "batching", "growth"):
+        monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: taken.append(name) or {})
+    monkeypatch.setattr(bench, "deepseek_memory", lambda device: taken.append("DeepSeek-8B"))
+    found = bench.everything(bench.options(words))
+    assert taken == ["step", "memory", "precision", "batching", "growth", *["DeepSeek-8B"] * largest]
+    assert ("deepseek_bytes" in found["memory"]) == largest

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import statistics
@@ -1290,3 +1291,21 @@ def test_a_worker_keeps_to_one_thread_in_every_phase(monkeypatch):
     ablate.lcdd.machine.set_threads(wide)
     assert [call.args for call in torch.set_num_threads.mock_calls] == [(1,)]
     monkeypatch.delenv("OMP_NUM_THREADS")
+
+
+def test_tables_name_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a large GPU")
+    on_cpu, on_gpu = (argparse.Namespace(device=name, seeds=2, split="test") for name in ("cpu", "cuda:0"))
+    assert f"{os.cpu_count()} CPU cores" in ablate.done_by(on_cpu, time.time())
+    assert "2 seeds, mean ± std, test prompts; a large GPU" in ablate.done_by(on_gpu, time.time())
+
+
+@pytest.mark.parametrize("rates, labelled", (({"base": 0.0, "lcdd": 1.0}, True), ({}, False)))
+def test_bars_have_a_legend_where_there_are_any(rates, labelled):
+    plt = evaluate.figure.plotting()
+    fig, axes = plt.subplots()
+    metric = metrics.METRICS[0]
+    results = {"rates": rates, "ci": {"rates": {name: [0.0, 1.0] for name in rates}}}
+    evaluate.figure.draw_bars(axes, results, [metric], "rates")
+    assert bool(axes.get_legend()) == labelled
+    plt.close(fig)

@@ -1152,6 +1152,12 @@ def test_sft_is_stored_as_asked_and_trained_on_in_the_dtype_of_the_deltas(
     assert {t.dtype for name, t in tensors.items() if name.startswith("delta.")} == {stored}
 
 
+def test_how_a_command_was_started_is_no_setting(finished):
+    config = read_json(finished / "config.json")
+    assert not {"out", "resume", "go_on", "dry_run"} & config.keys()
+    assert "--go-on" in config["made"]["command"]
+
+
 def test_a_carriers_header_has_task_metrics_and_settings(tmp_path):
     out = tmp_path / "r"
     lcdd.main(
