@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 from console import Parser, cli
 from files import InputError, check_finite
-from packed import describe, fingerprint, pack_bits, read_packed, unpack_bits, write_packed
+from packed import (
+    dequantize, describe, fingerprint, pack_bits, pack_levels, quantize, read_packed, unpack_bits,
+    unpack_levels, write_packed)
 
 # Table 5: 8 gate vectors a layer, shared between projections
 GROUPS = (
@@ -394,23 +396,32 @@ class Carrier(nn.Module):
                     yield f"delta.{l}.{name}", delta, rows, cols
 
     @torch.no_grad()
-    def save(self, path, net, dtype=None, logits=False, **metadata):
+    def save(self, path, net, dtype=None, bits=None, logits=False, **metadata):
         """
         Write the packed file, whole or not at all: Δ where both gates are open, and the gates at
         one bit each.
 
-        dtype of the entries of Δ (None: as they are); logits: also keep the gate logits, for
-        training that is to go on. metadata: JSON values for the header. What Δ holds under shut
-        gates is dropped.
+        dtype of the entries of Δ (None: as they are); bits: round them to so many instead;
+        logits: also keep the gate logits, for training that is to go on. metadata: JSON values for
+        the header. What Δ holds under shut gates is dropped.
         """
         tensors = {"gates": pack_bits(self.logits > 0)}                 # (L, ⌈gates a layer / 8⌉)
         if logits:
             tensors["logits"] = self.logits.detach().cpu()
+        entries = 0
         for name, delta, rows, cols in self.open_blocks():
             block = delta.detach()
             if (len(rows), len(cols)) != block.shape:
                 block = block[rows[:, None], cols]                      # (|R|, |C|)
-            tensors[name] = block.to("cpu", dtype or delta.dtype).contiguous()
+            entries += block.numel()
+            if bits:
+                levels, scale = quantize(block.float().cpu(), bits)
+                tensors[name] = pack_levels(levels, bits)
+                tensors[name.replace("delta", "scale")] = scale
+            else:
+                tensors[name] = block.to("cpu", dtype or delta.dtype).contiguous()
+        if bits:
+            metadata |= dict(bits=bits, entries=entries)
         write_packed(path, tensors, net, groups=self.sizes, **self.stats(), **metadata)
 
 
@@ -478,12 +489,13 @@ def load(path, net, dtype=None):
     if header.get("base") != fingerprint(net):
         raise InputError(f"{path}: this carrier was made on another base model; load the one named "
                          "in its config.json")
-    stored = [t.dtype for name, t in tensors.items() if name.startswith("delta.")]
+    bits = header.get("bits")
+    stored = [t.dtype for name, t in tensors.items() if name.startswith("scale." if bits else "delta.")]
     for odd in (kind for kind in stored if not kind.is_floating_point or kind.itemsize < 2):
         raise InputError(f"{path}: deltas of {odd}, which is no dtype to compute in; restore the file")
     carrier = Carrier(net.config, dtype or (stored or [torch.float32])[0], net.device)
     try:
-        fill(carrier, tensors)
+        fill(carrier, tensors, bits)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: incomplete or misshapen carrier ({said})") from None
@@ -495,13 +507,17 @@ def load(path, net, dtype=None):
 
 
 @torch.no_grad()
-def fill(carrier, tensors):
-    """Take a new carrier's gates and deltas out of the tensors of a packed file."""
+def fill(carrier, tensors, bits=None):
+    """Take a new carrier's gates and deltas out of the tensors of a packed file, Δ in so many bits."""
     gates = unpack_bits(tensors.pop("gates"), carrier.logits.shape[1])
     logits = tensors.pop("logits", gates.float() * 2 - 1)
     carrier.logits.copy_(logits.view_as(carrier.logits))
     for name, delta, rows, cols in carrier.open_blocks():
-        block = tensors.pop(name).to(delta.device, delta.dtype)
+        block = tensors.pop(name)
+        if bits:
+            levels = unpack_levels(block, bits, len(rows) * len(cols))
+            block = dequantize(levels.view(len(rows), -1), tensors.pop(name.replace("delta", "scale")), bits)
+        block = block.to(delta.device, delta.dtype)
         if block.shape == delta.shape:
             delta.copy_(block)
         else:

@@ -3,6 +3,7 @@ PEFT prompt tuning.
 
     python export.py --run runs/fixed --to exported --as merged lora prompt     a folder for each
     python export.py --run runs/fixed --to exported --as merged --which sft     plain SFT, not LCDD
+    python export.py --run runs/fixed --to exported --as run --bits 4           an eighth of the size
 
 merged   a checkpoint as the base's: same shards, tokenizer, template; nothing can be switched off
 lora     an adapter beside the base: without it, or with disable_adapter(), the model is the base
@@ -28,7 +29,8 @@ import lora
 import model
 import packed
 import weights
-from files import InputError, check_fields, read_json, replacing, write_json
+from files import (
+    InputError, check_fields, load_tensors, read_json, replacing, save_tensors, write_json)
 from console import Parser, check_numbers, cli
 from run import CONFIG, EMBEDDED, locate, portable
 
@@ -49,12 +51,16 @@ def options(argv=None):
     a("--which", choices=("lcdd", "sft"), default="lcdd", help="LCDD carrier or plain SFT (lcdd)")
     a("--dtype", choices=("float32", "float16", "bfloat16"),
       help="of the merged checkpoint (default: as the base's files)")
+    a("--bits", type=int, choices=range(2, 9), metavar="2..8",
+      help="of each entry of Δ in --as run, 4 for an eighth of the size (as they are)")
     a("--trigger", default="trigger", help="name of the trigger file in the run (trigger)")
     o = p.parse_args(argv)
     check_numbers(o)
     if o.which == "sft" and "run" in o.kinds:
         raise InputError("--as run is for the LCDD carrier: SFT's deltas are as large as the model; "
                          "export them with --as merged or lora")
+    if o.bits and "run" not in o.kinds:
+        raise InputError("--bits rounds the carrier of --as run; the other kinds keep Δ as it is")
     return o
 
 
@@ -141,7 +147,7 @@ def write_prompt(folder, tau, config, base):
 def write_run(folder, run, settings, trigger):
     """
     The run directory without SFT: the carrier, the trigger of that name where there is one, what was
-    measured, and its settings without paths of this machine. Returns the bytes of the first two.
+    measured, and its settings without paths of this machine.
     """
     config, place = portable(settings), Path(settings["model"])
     if place.is_absolute() and place.is_relative_to(Path.cwd()):
@@ -152,7 +158,28 @@ def write_run(folder, run, settings, trigger):
     for name in ("carrier.safetensors", f"{trigger}.safetensors", "results.md"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def round_carrier(folder, carrier, net, bits, trigger):
+    """
+    Write a copied run's carrier again with `bits` an entry of Δ, and name it in its trigger. Returns
+    by how much that moves Δ, as a share of its norm.
+    """
+    file, other = folder / "carrier.safetensors", folder / f"{trigger}.safetensors"
+    header = packed.read_packed(file)[1]
+    kept = {key: header[key] for key in header.keys() - packed.HEADER.keys() - {"format"}}
+    carrier.save(file, net, bits=bits, **kept)
+    if other.is_file():
+        tensors, settings = load_tensors(other)
+        save_tensors(other, tensors, **settings | {"carrier": packed.read_packed(file)[1]["content"]})
+    rounded = carriers.load(file, net)
+    moved = whole = 0.0
+    for (_, delta, rows, cols), (_, less, _, _) in zip(carrier.open_blocks(), rounded.open_blocks()):
+        block = delta[rows[:, None], cols]
+        moved += float((less[rows[:, None], cols] - block).square().sum())
+        whole += float(block.square().sum())
+    return (moved / whole) ** 0.5 if whole else 0.0
 
 
 # ----------------------------------------------------------------------------------- the model card
@@ -296,7 +323,14 @@ class Exports:
 
     def run_directory(self, folder):
         """What evaluate.py --ask and lab.talk open."""
-        return f"{write_run(folder, self.run, self.settings, self.o.trigger):,} bytes", {}
+        write_run(folder, self.run, self.settings, self.o.trigger)
+        facts = {}
+        if self.o.bits:
+            moved = round_carrier(folder, self.carrier, self.net, self.o.bits, self.o.trigger)
+            facts["entries of the delta"] = (f"{self.o.bits} bits, which moves it by {moved:.2%} of its norm; "
+                                             "measured before that")
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return "; ".join([f"{size:,} bytes", *facts.values()]), facts
 
     def prompt(self, folder):
         """The trigger, before the merged model where that is written too, else the base."""

@@ -3,7 +3,9 @@ The packed file of a carrier, and a look at what one holds. A safetensors file w
 
     gates               (L, ⌈gates a layer / 8⌉) uint8: a bit a gate, open or shut
     logits              (L, gates a layer), where training is to go on
-    delta.{l}.{name}    (|R|, |C|): the open rows and open columns of a projection's Δ
+    delta.{l}.{name}    (|R|, |C|): the open rows and open columns of a projection's Δ; or, where the
+                        header has `bits`, whole numbers of so many bits, packed
+    scale.{l}.{name}    (|R|, 1), beside these: what a row's whole numbers are multiplied with
 
 and a header: FORMAT, the fingerprint of its base, a digest of its tensors, how many gates each
 group has, the carrier's own numbers, and what the commands add. `Carrier.save` and `carrier.load`
@@ -22,7 +24,10 @@ SHARE = ((int, float), 0, 1)
 # of each group of gates the length, and the carrier's own numbers
 HEADER = {
     "base": TEXT, "content": TEXT, "groups": {"*": ((int,), 1, 1 << 24)},
-    "gates": {"total": ((int,), 1, 2**53), "open": COUNT}, "sparsity": SHARE, "entries_off": SHARE}
+    "gates": {"total": ((int,), 1, 2**53), "open": COUNT}, "sparsity": SHARE, "entries_off": SHARE,
+    "bits": ((int, type(None)), 2, 8), "entries": (None, COUNT)}
+# of the largest entry of a row, bounds to which the row may be cut for smaller steps
+CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 
 
 def fingerprint(net):
@@ -46,6 +51,50 @@ def pack_bits(gates):
 def unpack_bits(packed, count):
     """pack_bits() undone, for `count` gates a layer."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=count)).bool()
+
+
+# ---- Δ in few bits
+
+def quantize(block, bits):
+    """
+    The entries (R, C) rounded to 2^bits − 1 levels: (levels (R, C) uint8, 0 in the middle, and a
+    scale a row, (R, 1)). Each row takes the bound out of CUTS with the smallest squared error.
+    """
+    middle = 2 ** (bits - 1) - 1
+    largest = block.abs().amax(1, keepdim=True)
+    least = torch.full_like(largest, torch.inf)
+    scale = largest
+    for cut in CUTS:
+        step = (largest * cut / middle).clamp_min(torch.finfo(block.dtype).tiny)
+        error = (levels_of(block, step, middle) * step - block).square().sum(1, keepdim=True)
+        scale = torch.where(error < least, step, scale)
+        least = torch.minimum(error, least)
+    levels = levels_of(block, scale, middle) + middle
+    return levels.to(torch.uint8), scale
+
+
+def levels_of(block, scale, most):
+    """The nearest whole multiples of a row's scale, between −most and most."""
+    return (block / scale).round().clamp(-most, most)
+
+
+def dequantize(levels, scale, bits):
+    """(R, C) entries out of quantize()'s two tensors."""
+    return (levels.to(scale.dtype) - (2 ** (bits - 1) - 1)) * scale
+
+
+def pack_levels(levels, bits):
+    """Levels below 2^bits, of any shape, → (⌈their number · bits / 8⌉) uint8, highest bits first."""
+    each = np.unpackbits(levels.numpy().reshape(-1, 1), axis=1)[:, 8 - bits:]
+    return torch.from_numpy(np.packbits(each))
+
+
+def unpack_levels(packed, bits, count):
+    """pack_levels() undone: (count) uint8. Raises ValueError where it was another number."""
+    if packed.shape != (-(-count * bits // 8),):
+        raise ValueError(f"{count} entries of {bits} bits are not {packed.numel()} bytes")
+    each = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    return torch.from_numpy(np.packbits(each, axis=1)[:, 0] >> (8 - bits))
 
 
 # ---- the file
@@ -103,9 +152,11 @@ def describe(path):
 def size_line(path, tensors, header):
     """How many gates are open, and how much of Δ the file holds."""
     n_open, total = header["gates"]["open"], header["gates"]["total"]
-    blocks = [t for name, t in tensors.items() if name.startswith("delta.")]
+    blocks = [t for name, t in tensors.items() if name.startswith(("delta.", "scale."))]
     dtype = str(blocks[0].dtype).removeprefix("torch.") if blocks else "no dtype"
     entries = sum(t.numel() for t in blocks)
+    if header.get("bits"):
+        entries, dtype = header["entries"], f"{header['bits']} bits each"
     size = sum(t.numel() * t.element_size() for t in blocks)
     whole = Path(path).stat().st_size
     return (f"gates open {n_open} of {total} ({n_open / total:.1%}); "
