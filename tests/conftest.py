@@ -1,3 +1,4 @@
+import files  # noqa: F401, before torch: it sets how threads wait
 import gc
 import shutil
 

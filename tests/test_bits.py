@@ -8,6 +8,7 @@ import eraser
 import export
 import packed
 from files import InputError, load_tensors, save_tensors, write_json
+from helpers import ROOT
 from test_carrier import make_carrier, make_net, masked
 
 BITS = tuple(range(2, 9))
@@ -138,9 +139,22 @@ def test_an_exported_run_is_rounded_and_keeps_its_trigger(tmp_path, capsys):
     assert said in (to / "run" / "README.md").read_text()
     header = packed.read_packed(to / "run" / "carrier.safetensors")[1]
     assert (header["task"], header["phase"]) == ("fixed", "lcdd")
+    export.main(["--run", str(to / "run"), "--to", str(tmp_path / "again"), "--as", "run"])
+    assert "4 bits, and measured so" in (tmp_path / "again" / "run" / "README.md").read_text()
     # the run itself is as it was
     before = load_file(run / "carrier.safetensors")
     assert before.keys() == {"gates", *(name for name, *_ in c.open_blocks())}
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "carriers").iterdir()), ids=lambda folder: folder.name)
+def test_the_carriers_in_the_repository(folder):
+    """Whole, small, each with a trigger that was learned on it."""
+    _, header = packed.read_packed(folder / "carrier.safetensors")
+    _, settings = load_tensors(folder / "trigger.safetensors")
+    assert settings["carrier"] == header["content"]
+    assert settings["base"] == header["base"]
+    assert (folder / "results.json").is_file()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
 
 
 def test_bits_are_for_a_run(tmp_path):
