@@ -168,7 +168,7 @@ def round_carrier(folder, carrier, net, bits, trigger):
     """
     file, other = folder / "carrier.safetensors", folder / f"{trigger}.safetensors"
     header = packed.read_packed(file)[1]
-    kept = {key: header[key] for key in header.keys() - packed.HEADER.keys() - {"format"}}
+    kept = {key: header[key] for key in header.keys() - packed.HEADER.keys() - {"format", "entries"}}
     carrier.save(file, net, bits=bits, **kept)
     if other.is_file():
         tensors, settings = load_tensors(other)

@@ -25,7 +25,7 @@ SHARE = ((int, float), 0, 1)
 HEADER = {
     "base": TEXT, "content": TEXT, "groups": {"*": ((int,), 1, 1 << 24)},
     "gates": {"total": ((int,), 1, 2**53), "open": COUNT}, "sparsity": SHARE, "entries_off": SHARE,
-    "bits": ((int, type(None)), 2, 8), "entries": (None, COUNT)}
+    "bits": ((int, type(None)), 2, 8)}
 # of the largest entry of a row, bounds to which the row may be cut for smaller steps
 CUTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
 
@@ -118,6 +118,8 @@ def read_packed(path):
         raise InputError(f"{path}: damaged, its tensors are not those that were written; restore "
                          "it, or run the command that writes it again")
     check_fields(path, header, HEADER)
+    if header.get("bits"):
+        check_fields(path, header, {"entries": COUNT})
     gates, width = tensors.get("gates"), -(-sum(header["groups"].values()) // 8)
     if gates is None or gates.dtype != torch.uint8 or gates.shape[1:] != (width,) or not len(gates):
         raise InputError(f"{path}: its gates are missing or misshapen; run the command that writes "

@@ -93,6 +93,7 @@ def test_size(tmp_path, bits):
     ({"bits": 9}, "bits = 9 is not between 2 and 8"),
     ({"bits": "4"}, "bits = '4' is of the wrong type"),
     ({"bits": None}, "deltas of torch.uint8"),
+    ({"entries": None}, "the field 'entries' is missing"),
 ])
 def test_a_header_that_does_not_fit_is_refused(base, tmp_path, header, named):
     path = tmp_path / "c.safetensors"
