@@ -35,7 +35,7 @@ setup: .venv/ready
 	touch $@
 
 # two halves at a time, for two cores; what reads transformers is in the other one, which imports it once
-HALF := $(foreach name,attack device eraser evaluate memory paper parallel run same template,tests/test_$(name).py)
+HALF := $(foreach name,attack device eraser evaluate memory paper parallel plan presets run same template,tests/test_$(name).py)
 test: setup
 	$(PY) -m pytest -q $(HALF) & \
 	$(PY) -m pytest -q $(addprefix --ignore=,$(HALF)); other=$$?; wait $$! && exit $$other
