@@ -103,12 +103,13 @@ def set_density(c, density):
     return c
 
 
-def random_batch(config, rows, length, supervised, device):
+def random_batch(config, rows, length, supervised, device, prefix=0):
     """
     ids and mask (rows, length+1): `length` tokens are computed, the last `supervised` of each row
-    are in the loss.
+    are in the loss, and the first `prefix` are the same in every row.
     """
     ids = torch.randint(config.vocab_size, (rows, length + 1), device=device)
+    ids[:, :prefix] = ids[0, :prefix]
     mask = torch.arange(length + 1, device=device) > length - supervised
     return ids, mask.expand(rows, -1)
 
@@ -567,16 +568,20 @@ def deeper(config, factor):
 
 
 def growth_curves(g, rows, length):
-    """{against: (expected exponents, {value: (config, rows, density)})}."""
-    tokens = {rows * length * f: (g, rows * f, 0.2) for f in (1, 2, 4)}
+    """{against: (expected exponents, {value: (config, rows, density, shared prefix)})}."""
+    tokens = {rows * length * f: (g, rows * f, 0.2, 0) for f in (1, 2, 4)}
+    shared = {}
+    for prefix in (0, length // 4, length // 2):
+        shared[prefix + 4 * rows * (length - prefix)] = g, 4 * rows, 0.2, prefix
     deep = [deeper(g, f) for f in (0.5, 1, 2)]
     wide = [wider(g, f) for f in (0.5, 1, 2)]
     two_layers = replace(wider(g, 2), num_hidden_layers=2)
     return {
         "tokens": ("1", tokens),
-        "layers": ("1", {c.num_hidden_layers: (c, rows, 0.2) for c in deep}),
-        "width": ("products and weights 2, else 1", {c.hidden_size: (c, rows, 0.2) for c in wide}),
-        "density": ("products 0.16, else 0", {d: (two_layers, rows, d) for d in (0.1, 0.2, 0.4, 0.8)}),
+        "tokens that a shared prefix leaves": ("1", shared),
+        "layers": ("1", {c.num_hidden_layers: (c, rows, 0.2, 0) for c in deep}),
+        "width": ("products and weights 2, else 1", {c.hidden_size: (c, rows, 0.2, 0) for c in wide}),
+        "density": ("products 0.16, else 0", {d: (two_layers, rows, d, 0) for d in (0.1, 0.2, 0.4, 0.8)}),
     }
 
 
@@ -586,16 +591,16 @@ def exponent(values, numbers):
 
 
 def bench_growth(s, device):
-    """5. Time and memory of an LCDD step against tokens, layers, width and density."""
+    """5. Time and memory of an LCDD step against tokens, shared prefix, layers, width and density."""
     rows, length, supervised = s.grow_batch
     found, lines = {}, []
     for name, (expected, points) in growth_curves(s.grow, rows, length).items():
         steps, sizes = {}, []
-        for value, (config, n, density) in points.items():
+        for value, (config, n, density, prefix) in points.items():
             net = random_net(config, device, s.dtype)
             carrier = random_carrier(net, density)
             way = net, carrier, list(carrier.parameters())
-            batch = random_batch(config, n, length, supervised, device)
+            batch = random_batch(config, n, length, supervised, device, prefix)
             steps[value] = partial(step, way, *batch)
             sizes.append(memory(way, *batch))
         values, seconds = list(points), list(paired(steps, s)[0].values())

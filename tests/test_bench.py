@@ -8,6 +8,7 @@ import torch
 import carrier
 from files import InputError
 from lab import bench
+from rows import Rows
 
 EXACT = 1e-10     # float64, relative: the same mathematics in another order
 CONFIG = bench.Config(61, 48, 80, 2, 4, 2, 12, qk_norm=True)
@@ -107,8 +108,17 @@ def test_quick_run_ends_in_one_json_line(capsys):
     )
     assert result["batching"]["gradient_differs"] < 1e-3
     assert result["batching"]["same_answers"] == 1
-    assert set(result["growth"]) == {"tokens", "layers", "width", "density"}
+    shared = "tokens that a shared prefix leaves"
+    assert set(result["growth"]) == {"tokens", shared, "layers", "width", "density"}
+    assert result["growth"][shared]["values"] == [4 * 16, 4 + 4 * 12, 8 + 4 * 8]
     assert sum(line.startswith("## ") for line in lines) == 5
+
+
+def test_rows_that_begin_alike():
+    """As many tokens are computed as the growth curve says."""
+    ids, _ = bench.random_batch(bench.SMALL, 4, 16, 4, "cpu", prefix=8)
+    net = bench.random_net(bench.SMALL, "cpu", torch.float32)
+    assert len(Rows(net, ids[:, :-1]).ids) == 8 + 4 * 8
 
 
 def test_memory_alone(capsys):
