@@ -327,8 +327,8 @@ class Exports:
         facts, bits = {}, packed.read_packed(folder / "carrier.safetensors")[1].get("bits")
         if self.o.bits:
             moved = round_carrier(folder, self.carrier, self.net, self.o.bits, self.o.trigger)
-            facts["entries of the delta"] = (f"{self.o.bits} bits, which moves it by {moved:.2%} of its norm; "
-                                             "measured before that")
+            cost = f"{self.o.bits} bits, which moves it by {moved:.2%} of its norm; measured before that"
+            facts["entries of the delta"] = cost
         elif bits:
             facts["entries of the delta"] = f"{bits} bits, and measured so"
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
