@@ -1,7 +1,8 @@
 """
 Greedy answers of a run's models to its test prompts, generated once: answers.safetensors in its run
 directory. One tensor a condition, (P, T) ids padded with −1; the header says, condition by
-condition, what its answers follow from, and others are not taken.
+condition, what its answers follow from, and others are not taken. Beside it, in states.safetensors,
+the hidden states of the same conditions on the base's answers and on SFT's.
 """
 import hashlib
 import json
@@ -12,8 +13,10 @@ import torch
 import packed
 from files import TEXT, InputError, check_fields, load_tensors, read_header, save_tensors
 from console import ticker
+from parallel import world
 
 FILE = "answers.safetensors"
+STATES = "states.safetensors"
 CARRIERS = {"sft": "sft.safetensors", "lcdd": "carrier.safetensors"}    # condition: its file
 CONDITIONS = ("base", *CARRIERS)
 
@@ -76,3 +79,27 @@ def read(run, origin):
             raise InputError(f"{file}: {name} is no table of ids; remove the file")
         found[name] = [[i for i in row if i >= 0] for row in ids.tolist()]
     return found
+
+
+def write_states(run, found, origin, eos):
+    """
+    Keep the hidden states `found`, {what and where: (N, d)}, of answers of this `origin`, with or
+    without their end (`eos`). One process has them all; several have a share each, and keep none.
+    """
+    if world() == 1:
+        tensors = {name: h.cpu() for name, h in found.items()}
+        save_tensors(Path(run) / STATES, tensors, of=origin, eos=eos)
+
+
+def read_states(run, origin, eos):
+    """
+    What write_states() kept, where it is of the same answers; else {}. Raises InputError where the
+    file is damaged.
+    """
+    file = Path(run) / STATES
+    if world() > 1 or not file.is_file():
+        return {}
+    header = read_header(file)
+    if (header.get("of"), header.get("eos")) != (origin, eos):
+        return {}
+    return load_tensors(file)[0]

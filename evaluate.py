@@ -36,17 +36,18 @@ from run import load_model, look_into, other_tests, read_results, reopen
 class States:
     """
     Hidden states that are made once: those of the conditions `keep`, which many measurements on the
-    same prompts and answers have in common. d numbers a token and condition.
+    same prompts and answers have in common. d numbers a token and condition. found: those that a
+    file has already.
     """
 
-    def __init__(self, keep=()):
-        self.keep, self.found = keep, {}
+    def __init__(self, keep=(), found=()):
+        self.keep, self.found = keep, dict(found)
 
     def of(self, name, label, start, make):
         """A batch's states (N, d) under a condition: kept ones, else make()'s."""
         if name not in self.keep:
             return make()
-        key = name, label, start
+        key = f"{name}, {label}, {start}"
         if key not in self.found:
             self.found[key] = make()
         return self.found[key]
@@ -83,7 +84,7 @@ def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=No
         hidden = {}
         for name, (weights, trigger) in conditions.items():
             make = partial(net.hidden, seen, weights, trigger, keep=keep)
-            hidden[name] = states.of(name, label, start, make)               # (N, d)
+            hidden[name] = states.of(name, label, start, make).to(net.device)           # (N, d)
         for i in range(0, len(owner), chunk):
             piece = slice(i, i + chunk)
             logp = {}
@@ -383,21 +384,24 @@ def below_the_table(results):
 def all_rows(run, o, net, chat, config, samples, carrier, conditions):
     """
     measure() of the conditions and of the gates shut, and whether those are the base bit for bit.
-    Answers to the run's own test prompts are kept in its directory.
+    Answers to the run's own test prompts are kept in its directory, and what base, SFT and LCDD make
+    of them.
     """
-    length, answers = config["max_new_tokens"], {}
+    length, answers, states = config["max_new_tokens"], {}, None
     if not o.test:
         origin = answered.origins(run, net, chat, samples, length, config["max_len"])
         answers = answered.read(run, origin)
+        states = States(answered.CONDITIONS, answered.read_states(run, origin, not o.no_eos))
     # the switch: gates shut is the base
     shut = carrier.with_gates(False).merge(net)
     same = is_base(net, chat, config, samples[:32], shut)
     if not same:
         conditions["shut"] = (shut, None)
     rows = measure(net, chat, config["task"], samples, conditions, length, config["max_len"], answers,
-                   eos=not o.no_eos)
+                   eos=not o.no_eos, states=states)
     if not o.test:
         answered.write(run, answers, origin)
+        answered.write_states(run, states.found, origin, not o.no_eos)
     if same:
         rows["shut"] = as_base(rows["base"], samples)
     chat.say_cut("prompts", config["max_len"])

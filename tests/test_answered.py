@@ -92,6 +92,41 @@ def test_an_evaluation_generates_none_of_them_again(trained, monkeypatch, undraw
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
+def computed(monkeypatch, run, *more):
+    """Forward passes of an evaluation by the names of their weights, and its results."""
+    asked = []
+    hidden = evaluate.model.Llama.hidden
+
+    def counted(net, ids, carrier=None, *args, **kwargs):
+        asked.append("base" if carrier is None else "row")
+        return hidden(net, ids, carrier, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.model.Llama, "hidden", counted)
+        evaluate.main(["--run", str(run), "--device", "cpu", *more])
+    return asked, {**read_json(run / "results.json"), "seconds": 0}
+
+
+def test_hidden_states_are_made_once_a_run(trained, monkeypatch, undrawn):
+    """A second evaluation teacher-forces nothing again and finds the same; without the end, anew."""
+    (trained / answered.STATES).unlink(missing_ok=True)
+    first, results = computed(monkeypatch, trained)
+    second, again = computed(monkeypatch, trained)
+    assert again == results
+    # what is left: whether the base and the gates shut are one
+    assert len(first) - len(second) == 2 * 3
+    assert computed(monkeypatch, trained, "--no-eos")[0] == first
+    assert computed(monkeypatch, trained)[0] == first
+
+
+def test_states_of_other_answers_are_not_taken(trained, monkeypatch, undrawn):
+    first, _ = computed(monkeypatch, trained)
+    net, origin = opened(trained)
+    assert answered.read_states(trained, origin, True)
+    assert answered.read_states(trained, origin | {"sft": "another"}, True) == {}
+    assert answered.read_states(trained, origin, False) == {}
+
+
 def test_other_test_prompts_have_a_table_of_their_own(trained, tmp_path, capsys, undrawn):
     evaluate.main(["--run", str(trained), "--device", "cpu"])
     kept = {f: (trained / f).read_bytes() for f in (answered.FILE, "results.json", "results.md")}
@@ -168,12 +203,14 @@ def test_exported_without_sft_it_answers(trained, tmp_path, capsys):
         export.main(["--run", str(trained), "--to", str(tmp_path), "--as", "run", "--which", "sft"])
 
 
-def test_a_damaged_file_is_refused_by_name(trained):
-    file = trained / answered.FILE
+@pytest.mark.parametrize("name", (answered.FILE, answered.STATES))
+def test_a_damaged_file_is_refused_by_name(trained, name, undrawn):
+    evaluate.main(["--run", str(trained), "--device", "cpu"])
+    file = trained / name
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        with pytest.raises(InputError, match=f"{answered.FILE}: damaged"):
-            answered.read(trained, opened(trained)[1])
+        with pytest.raises(InputError, match=f"{name}: damaged"):
+            evaluate.main(["--run", str(trained), "--device", "cpu"])
     finally:
         file.write_bytes(whole)
