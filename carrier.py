@@ -516,7 +516,8 @@ def fill(carrier, tensors, bits=None):
         block = tensors.pop(name)
         if bits:
             levels = unpack_levels(block, bits, len(rows) * len(cols))
-            block = dequantize(levels.view(len(rows), -1), tensors.pop(name.replace("delta", "scale")), bits)
+            scale = tensors.pop(name.replace("delta", "scale")).view(len(rows), 1)
+            block = dequantize(levels.view(len(rows), -1), scale, bits)
         block = block.to(delta.device, delta.dtype)
         if block.shape == delta.shape:
             delta.copy_(block)

@@ -115,6 +115,16 @@ def test_a_missing_scale_is_named(base, tmp_path):
         carrier.load(path, base)
 
 
+def test_a_scale_of_another_shape_is_refused(base, tmp_path):
+    path = tmp_path / "c.safetensors"
+    make_carrier(base, 0.5).save(path, base, bits=4)
+    tensors, header = load_tensors(path)
+    tensors["scale.0.q_proj"] = torch.ones(())
+    save_tensors(path, tensors, **header | {"content": packed.digest(tensors)})
+    with pytest.raises(InputError, match="incomplete or misshapen carrier"):
+        carrier.load(path, base)
+
+
 def test_an_exported_run_is_rounded_and_keeps_its_trigger(tmp_path, capsys):
     """Carrier in 4 bits, the trigger as it was and fit for it, the card says what it costs."""
     net = export.model.load("tiny")
