@@ -43,12 +43,13 @@ class States:
     def __init__(self, keep=(), found=()):
         self.keep, self.found = keep, dict(found)
 
-    def of(self, name, label, start, make):
-        """A batch's states (N, d) under a condition: kept ones, else make()'s."""
+    def of(self, name, label, start, shape, make):
+        """A batch's states under a condition: kept ones of this shape, (N, d), else make()'s."""
         if name not in self.keep:
             return make()
         key = f"{name}, {label}, {start}"
-        if key not in self.found:
+        kept = self.found.get(key)
+        if kept is None or kept.shape != shape or not kept.is_floating_point():
             self.found[key] = make()
         return self.found[key]
 
@@ -84,7 +85,8 @@ def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=No
         hidden = {}
         for name, (weights, trigger) in conditions.items():
             make = partial(net.hidden, seen, weights, trigger, keep=keep)
-            hidden[name] = states.of(name, label, start, make).to(net.device)           # (N, d)
+            shape = len(owner), net.config.hidden_size
+            hidden[name] = states.of(name, label, start, shape, make).to(net.device)    # (N, d)
         for i in range(0, len(owner), chunk):
             piece = slice(i, i + chunk)
             logp = {}

@@ -8,7 +8,7 @@ import export
 import answered
 import lcdd
 from carrier import load
-from files import InputError, read_header, read_json, write_json
+from files import InputError, load_tensors, read_header, read_json, save_tensors, write_json
 from helpers import brief, jsonl
 from run import load_model, other_tests, reopen
 
@@ -117,6 +117,14 @@ def test_hidden_states_are_made_once_a_run(trained, monkeypatch, undrawn):
     assert len(first) - len(second) == 2 * 3
     assert computed(monkeypatch, trained, "--no-eos")[0] == first
     assert computed(monkeypatch, trained)[0] == first
+
+
+def test_states_of_another_shape_are_made_anew(trained, monkeypatch, undrawn):
+    _, results = computed(monkeypatch, trained)
+    tensors, header = load_tensors(trained / answered.STATES)
+    spoilt = {name: h[:-1] for name, h in tensors.items()}
+    save_tensors(trained / answered.STATES, spoilt, **header)
+    assert computed(monkeypatch, trained)[1] == results
 
 
 def test_states_of_other_answers_are_not_taken(trained, monkeypatch, undrawn):
