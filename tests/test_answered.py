@@ -2,6 +2,7 @@
 import shutil
 
 import pytest
+import torch
 
 import evaluate
 import export
@@ -133,6 +134,30 @@ def test_states_of_other_answers_are_not_taken(trained, monkeypatch, undrawn):
     assert answered.read_states(trained, origin, True)
     assert answered.read_states(trained, origin | {"sft": "another"}, True) == {}
     assert answered.read_states(trained, origin, False) == {}
+
+
+def test_every_batch_has_states_of_its_own(trained):
+    """Batches of one prompt each, all as long as the others: kept states are those of the batch."""
+    net, _ = opened(trained)
+    prompts, answers = [[1, 5, 9], [1, 7, 2], [1, 3, 4]], [[6, 8], [9, 9], [2, 5]]
+    states = evaluate.States(keep=["base"])
+    for kept in (evaluate.States(), states, states):
+        found = evaluate.log_probabilities(net, prompts, answers, {"base": (None, None)}, 1, states=kept)
+        losses = torch.cat([-logp["base"].gather(1, token[:, None]) for _, token, logp in found])
+        right = losses if kept is not states else right
+        assert torch.equal(losses, right)
+    assert len(states.found) == 3
+
+
+def test_several_processes_keep_no_states(trained, tmp_path, monkeypatch):
+    """Each has those of its own share, which are none for one process or for another number."""
+    answered.write_states(tmp_path, {"x": torch.ones(2, 3)}, {"base": "o"}, True)
+    assert answered.read_states(tmp_path, {"base": "o"}, True).keys() == {"x"}
+    monkeypatch.setattr(answered, "world", lambda: 2)
+    assert answered.read_states(tmp_path, {"base": "o"}, True) == {}
+    (tmp_path / answered.STATES).unlink()
+    answered.write_states(tmp_path, {"x": torch.ones(2, 3)}, {"base": "o"}, True)
+    assert not (tmp_path / answered.STATES).exists()
 
 
 def test_other_test_prompts_have_a_table_of_their_own(trained, tmp_path, capsys, undrawn):

@@ -114,6 +114,18 @@ def test_quick_run_ends_in_one_json_line(capsys):
     assert sum(line.startswith("## ") for line in lines) == 5
 
 
+def test_growth_is_measured_on_rows_that_share_a_prefix(monkeypatch):
+    given, real = [], bench.random_batch
+
+    def watched(config, rows, length, supervised, device, prefix=0):
+        given.append(prefix)
+        return real(config, rows, length, supervised, device, prefix)
+
+    monkeypatch.setattr(bench, "random_batch", watched)
+    bench.bench_growth(bench.SETTINGS["quick"], "cpu")
+    assert sorted(given)[-2:] == [4, 8]
+
+
 def test_rows_that_begin_alike():
     """As many tokens are computed as the growth curve says."""
     ids, _ = bench.random_batch(bench.SMALL, 4, 16, 4, "cpu", prefix=8)
