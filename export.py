@@ -174,11 +174,9 @@ def round_carrier(folder, carrier, net, bits, trigger):
         tensors, settings = load_tensors(other)
         save_tensors(other, tensors, **settings | {"carrier": packed.read_packed(file)[1]["content"]})
     rounded = carriers.load(file, net)
-    moved = whole = 0.0
-    for (_, delta, rows, cols), (_, less, _, _) in zip(carrier.open_blocks(), rounded.open_blocks()):
-        block = delta[rows[:, None], cols]
-        moved += float((less[rows[:, None], cols] - block).square().sum())
-        whole += float(block.square().sum())
+    pairs = list(zip(carrier.delta.parameters(), rounded.delta.parameters()))
+    moved = sum(float((less - delta).square().sum()) for delta, less in pairs)
+    whole = sum(float(delta.square().sum()) for delta, _ in pairs)
     return (moved / whole) ** 0.5 if whole else 0.0
 
 
