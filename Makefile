@@ -15,8 +15,8 @@ run: setup
 # a chat model on prompts that people wrote: DATA=FILE names other ones, TASK=safety or shakespeare another
 # behaviour with DATA=FILE TEST=FILE; interrupted, the same command goes on
 real: RUN = runs/real$(addprefix -,$(filter-out fixed,$(TASK)))
-# fewer steps than usual, for some twenty minutes on two cores, and a gentler carrier
 real: FEW = --n-trigger 200 --n-validation 50 --max-new-tokens 48
+# fewer steps than usual, for half an hour to an hour on two cores; for fixed a gentler carrier, too
 real: SHORT_fixed = --steps 240 --quicken 0
 real: SHORT_safety = --sft-steps 150 --batch 8 --max-len 96 --steps 240 --settle 60 --rho 0.15 --beta 0.95 --quicken 0
 real: SHORT_shakespeare = --sft-steps 250 --batch 8 --sft-lr 5e-4 --lr 5e-4 --steps 260 --settle 60 --rho 0.1 --pace 0.02

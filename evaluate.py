@@ -62,8 +62,9 @@ def log_probabilities(net, prompts, answers, conditions, batch_size=32, chunk=No
     time: the prompt's number (N), the token's id (N), log-probabilities in its place (N, V).
 
     prompts, answers: lists of ids. conditions: name → (carrier, trigger). A batch's hidden states
-    and a chunk's logits are all that is in memory; the net says how many where `chunk` does not.
-    label: what the progress is called. states: a States, of other measurements on these answers.
+    and a chunk's logits are all that is in memory, but for what `states` keeps, a States of other
+    measurements on these answers; the net says how many where `chunk` does not. label: what the
+    progress is called.
     """
     chunk, states = chunk or net.chunk, states or States()
     order = [i for i in range(len(prompts)) if answers[i]]
