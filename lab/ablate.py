@@ -208,20 +208,47 @@ class Run:
         return self.models[name]
 
     def make(self, name):
-        """A model that starts from SFT's deltas, and its entry in `facts`."""
+        """
+        A model that starts from SFT's deltas, and its entry in `facts`. What was trained is kept beside
+        the row, so that a row which is asked for later trains nothing again.
+        """
         if name == "scaled":
             return self.make_scaled()
         # a row is no phase of the run: it has a state and metrics of its own
         folder = self.folder / "rows" / name
         folder.mkdir(parents=True, exist_ok=True)
+        file, of = folder / "carrier.safetensors", fingerprint(self.folder / "carrier.safetensors")
+        header = load_tensors(file)[1] if file.is_file() else {}
+        if header.get("of") == of and isinstance(header.get("facts"), dict):
+            other, facts = carriers.load(file, self.net), header["facts"]
+        else:
+            other, facts = self.train(name, folder)
+            other.save(file, self.net, of=of, facts=facts)
+            (folder / "state.safetensors").unlink(missing_ok=True)
+        self.facts[name] = facts
+        if name != "sft-long":                      # whose gates are all open
+            self.carriers[name] = other
+            self.keep_gates(name, other)
+        return other.merge(self.net)
+
+    def train(self, name, folder):
+        """(Carrier, facts) of sft-long, of LCDD with other settings or of gates alone."""
         common = dict(examples=self.examples(), run=folder, pad_id=self.chat.pad_id)
         usual = vars(settings_of_lcdd(["--device", self.o.device]))     # for what an older run did not know
         settings = argparse.Namespace(**usual | self.config)
+        other = self.sft()
         if name == "sft-long":
-            return self.make_sft_long(settings, common)
+            self.train_longer(other, settings, common)
+            return other, {}
         if name in VARIANTS:
-            return self.make_variant(name, settings, common)
-        return self.make_mask(name, settings, common)
+            vars(settings).update(VARIANTS[name])
+        else:                                       # gates alone, with SFT's deltas frozen (App. E)
+            settings.train = name
+        other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
+        teacher = self.models["sft"] if name == "mask-kl" else None
+        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=teacher, **common)
+        dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
+        return other, facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
 
     def make_scaled(self):
         """
@@ -239,7 +266,7 @@ class Run:
                 self.facts["scaled"][f"{kind} loss of {name}"] = loss
         return merged
 
-    def make_sft_long(self, settings, common):
+    def train_longer(self, sft, settings, common):
         """SFT continued for as many steps as LCDD took, at LCDD's rate."""
         stopped = read_results(self.folder).get("stopped")
         if not stopped:
@@ -250,37 +277,7 @@ class Run:
             settings.sft_steps += settings.settle
         settings.sft_lr, settings.sure = settings.lr, 0.0
         settings.seed += 1
-        longer = self.sft()
-        lcdd.train_sft(self.net, longer, o=settings, **common)
-        (common["run"] / "state.safetensors").unlink(missing_ok=True)
-        return longer.merge(self.net)
-
-    def make_variant(self, name, settings, common):
-        """LCDD from the same SFT with other settings."""
-        vars(settings).update(VARIANTS[name])
-        other = self.sft()
-        other.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
-        facts = lcdd.train_lcdd(self.net, other, o=settings, teacher=None, **common)
-        (common["run"] / "state.safetensors").unlink(missing_ok=True)
-        dice = other.dice(settings.gate_mean, settings.gate_std, settings.seed)
-        self.facts[name] = facts | {"sparsity": other.stats()["sparsity"], "dice": dice["share"]}
-        self.carriers[name] = other
-        self.keep_gates(name, other)
-        return other.merge(self.net)
-
-    def make_mask(self, name, settings, common):
-        """Gates alone, with SFT's deltas frozen: mask-ce or mask-kl (App. E)."""
-        settings.train = name
-        masked = self.sft()
-        masked.init_gates(settings.gate_mean, settings.gate_std, settings.seed)
-        teacher = self.models["sft"] if name == "mask-kl" else None
-        facts = lcdd.train_lcdd(self.net, masked, o=settings, teacher=teacher, **common)
-        (common["run"] / "state.safetensors").unlink(missing_ok=True)
-        facts["sparsity"] = masked.stats()["sparsity"]
-        self.facts[name] = facts
-        self.carriers[name] = masked
-        self.keep_gates(name, masked)
-        return masked.merge(self.net)
+        lcdd.train_sft(self.net, sft, o=settings, **common)
 
     def trigger(self, name, objective, length):
         """τ for a model; those without gates of their own take the LCDD carrier's channels."""

@@ -828,8 +828,8 @@ def rows_run(run, **changes):
     return ablate.Run(run, o)
 
 
-def test_models_of_the_rows_start_from_sft(run, monkeypatch):
-    r, seen = rows_run(run), {}
+def test_models_of_the_rows_start_from_sft(run, tmp_path, monkeypatch):
+    r, seen = rows_run(shutil.copytree(run, tmp_path / "r")), {}
 
     def same(c):
         theirs = r.sft().delta.parameters()
@@ -846,6 +846,7 @@ def test_models_of_the_rows_start_from_sft(run, monkeypatch):
     done = read_json(run / "results.json")["stopped"]["steps"]
     r.config["train"] = "mask-ce"                                 # gates alone do not settle
     r.models.pop("sft-long", None)
+    (r.folder / "rows" / "sft-long" / "carrier.safetensors").unlink()
     seen["long alone"], long = None, seen["long"]
     r.model("sft-long")
     assert seen.pop("long")[1] == done
@@ -857,6 +858,27 @@ def test_models_of_the_rows_start_from_sft(run, monkeypatch):
         "mask-kl": True,
     }
     assert r.config["settle"] > 0
+
+
+@pytest.mark.parametrize("name", ["sft-long", "mask-ce", "blind"])
+def test_a_rows_model_is_kept_until_the_run_has_another_carrier(name, run, tmp_path, monkeypatch):
+    """For rows that are asked for later: the same weights, gates and facts, without training."""
+    first = rows_run(shutil.copytree(run, tmp_path / "r"))
+    made = first.model(name)
+    again, trained = rows_run(first.folder), []
+    monkeypatch.setattr(again, "train", lambda *_: trained.append(name) or (first.sft(), {}))
+    for a, b in zip(made.weights, again.model(name).weights, strict=True):
+        assert all(torch.equal(a[linear], b[linear]) for linear in a)
+    assert not trained
+    assert again.facts[name] == first.facts[name]
+    if name != "sft-long":
+        assert torch.equal(again.carriers[name].logits > 0, first.carriers[name].logits > 0)
+        assert 0 < again.facts[name]["dice"] <= 1
+    file = first.folder / "carrier.safetensors"
+    shutil.copy(first.folder / "rows" / name / "carrier.safetensors", file)
+    again.models.pop(name)
+    again.model(name)
+    assert trained == [name]
 
 
 def test_what_a_rows_trigger_is_learned_on(run, monkeypatch):
