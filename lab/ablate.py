@@ -31,7 +31,7 @@ import model
 import training
 from behaviour import BEHAVIOURS
 from files import (
-    NUMBER, InputError, check_fields, fingerprint, load_tensors, read_json, save_tensors,
+    NUMBER, InputError, check_fields, fingerprint, load_tensors, read_header, read_json, save_tensors,
     write_json)
 from lab import curve
 from lab.tables import CHOICES, CONTROLS, CURVE, F_3, TABLE_4, TABLE_6, report
@@ -218,7 +218,7 @@ class Run:
         folder = self.folder / "rows" / name
         folder.mkdir(parents=True, exist_ok=True)
         file, of = folder / "carrier.safetensors", fingerprint(self.folder / "carrier.safetensors")
-        header = load_tensors(file)[1] if file.is_file() else {}
+        header = read_header(file) if file.is_file() else {}
         if header.get("of") == of and isinstance(header.get("facts"), dict):
             other, facts = carriers.load(file, self.net), header["facts"]
         else:
