@@ -860,6 +860,46 @@ def test_models_of_the_rows_start_from_sft(run, tmp_path, monkeypatch):
     assert r.config["settle"] > 0
 
 
+@pytest.mark.parametrize("name, changed", [
+    ("noise", {"select": 0.0, "gate_std": 0.5}),
+    ("blind", {"select": 1e-9, "gate_std": 0.5}),
+    ("floor-0", {"floor": 0.0}),
+    ("mask-ce", {"train": "mask-ce"}),
+    ("mask-kl", {"train": "mask-kl"}),
+])
+def test_a_row_is_trained_as_the_run_but_for_what_it_asks(name, changed, run, tmp_path, monkeypatch):
+    r, seen = rows_run(shutil.copytree(run, tmp_path / "r")), []
+
+    def training_of(net, c, o, run, teacher, **_):
+        save_tensors(run / "state.safetensors", {"x": torch.ones(1)})
+        seen.append((vars(o), c.logits.detach().clone(), teacher))
+        with torch.no_grad():
+            c.logits[:, ::2] = -1.0
+        return {}
+
+    monkeypatch.setattr(lcdd, "train_lcdd", training_of)
+    r.model(name)
+    (settings, initial, teacher), = seen
+    assert {k: v for k, v in settings.items() if k in r.config and v != r.config[k]} == changed
+    expected = r.sft().init_gates(r.config["gate_mean"], settings["gate_std"], r.config["seed"])
+    assert torch.equal(initial, expected.logits)
+    assert teacher is (r.models["sft"] if name == "mask-kl" else None)
+    is_open = r.carriers[name].logits > 0
+    first = torch.zeros(is_open.numel(), dtype=torch.bool)
+    first[initial.flatten().argsort(descending=True)[:int(is_open.sum())]] = True
+    assert r.facts[name]["dice"] == pytest.approx(float(first[is_open.flatten()].double().mean()))
+    assert not (r.folder / "rows" / name / "state.safetensors").exists()
+
+
+def test_longer_sft_draws_other_batches_and_has_no_gates_of_its_own(run, tmp_path, monkeypatch):
+    r, seen = rows_run(shutil.copytree(run, tmp_path / "r")), []
+    monkeypatch.setattr(lcdd, "train_sft", lambda net, c, o, **_: seen.append(o))
+    r.model("sft-long")
+    assert seen[0].seed == r.config["seed"] + 1
+    assert seen[0].sure == 0.0
+    assert "sft-long" not in r.carriers         # its triggers take LCDD's channels
+
+
 @pytest.mark.parametrize("name", ["sft-long", "mask-ce", "blind"])
 def test_a_rows_model_is_kept_until_the_run_has_another_carrier(name, run, tmp_path, monkeypatch):
     """For rows that are asked for later: the same weights, gates and facts, without training."""
