@@ -2,27 +2,24 @@
 PY := .venv/bin/python
 TASK ?= fixed
 RUN ?= runs/$(TASK)
-
 MODEL ?= models/smollm2
-DATA ?= tatsu-lab/alpaca
-.PHONY: run real setup test table bench clean
+.PHONY: run real setup test bench clean
 
 run: setup
 	$(PY) lcdd.py --task $(TASK) --out $(RUN) --resume
-	$(PY) eraser.py --run $(RUN)
-	$(PY) evaluate.py --run $(RUN)
+	$(PY) eraser.py --run $(RUN) --resume
+	$(PY) evaluate.py --run $(RUN) --figure
 
-# a chat model on prompts that people wrote: DATA=FILE names other ones, TASK=safety or shakespeare another
-# behaviour with DATA=FILE TEST=FILE; interrupted, the same command goes on
+# a real chat model, on our own prompts or DATA=FILE; DTYPE=bfloat16 where the processor multiplies it itself;
+# TASK=safety and TASK=shakespeare want DATA=FILE, and TEST=FILE is a file of test prompts
 real: RUN = runs/real$(addprefix -,$(filter-out fixed,$(TASK)))
-real: FEW = --n-trigger 200 --n-validation 50 --max-new-tokens 48
-# fewer steps than usual, for half an hour to an hour on two cores; for fixed a gentler carrier, too
-real: SHORT_fixed = --steps 240 --quicken 0
-real: SHORT_safety = --sft-steps 150 --batch 8 --max-len 96 --steps 240 --settle 60 --rho 0.15 --beta 0.95 --quicken 0
-real: SHORT_shakespeare = --sft-steps 250 --batch 8 --sft-lr 5e-4 --lr 5e-4 --steps 260 --settle 60 --rho 0.1 --pace 0.02
+real: SHORT_fixed = --steps 240
+real: SHORT_safety = --sft-steps 150 --batch 8 --max-len 96 --steps 240 --settle 60 --rho 0.15
+real: SHORT_shakespeare = --sft-steps 250 --batch 8 --sft-lr 5e-4 --lr 5e-4 --steps 260 --settle 60 --rho 0.1
 real: setup
-	$(PY) -m lab.smollm2 $(MODEL) --data $(DATA)
-	$(PY) lcdd.py --model $(MODEL) --task $(TASK) --data $(DATA) $(TEST:%=--test %) $(SHORT_$(TASK)) $(FEW) --out $(RUN) --resume
+	test -d $(MODEL) || $(PY) -m lab.smollm2 $(MODEL)
+	$(PY) lcdd.py --model $(MODEL) --task $(TASK) $(DATA:%=--data %) $(TEST:%=--test %) $(DTYPE:%=--dtype %) \
+	  $(SHORT_$(TASK)) --sizes 5000 200 50 200 --max-new-tokens 48 --out $(RUN) --resume
 	$(PY) eraser.py --run $(RUN) --resume
 	$(PY) evaluate.py --run $(RUN)
 
@@ -34,14 +31,8 @@ setup: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# two halves at a time, for two cores; what reads transformers is in the other one, which imports it once
-HALF := $(foreach name,attack device eraser evaluate memory paper parallel plan presets run same template,tests/test_$(name).py)
 test: setup
-	$(PY) -m pytest -q $(HALF) & \
-	$(PY) -m pytest -q $(addprefix --ignore=,$(HALF)); other=$$?; wait $$! && exit $$other
-
-table: setup
-	$(PY) -m lab.ablate --seeds 3
+	$(PY) -m pytest -q
 
 bench: setup
 	$(PY) -m lab.bench

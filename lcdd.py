@@ -1,430 +1,669 @@
 """
-Loss-Constrained Dual Descent (Sec. 3.2, Alg. 1): train a behaviour in, then compress it into a
-sparse carrier.
+Loss-Constrained Dual Descent (Sec. 3.2, Alg. 1): train a behaviour in, then compress it into a sparse carrier.
 
     min over m, Δ of Ω(m)   subject to   L_task(m, Δ) ≤ ε                               (Eq. 4)
 
-Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate logits m together under
-an adaptive penalty λ.
+Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate logits m together under an
+adaptive penalty λ. Four things are not in the paper, each marked "ours" below: a floor under ε, the brake,
+the selection of gates, and settling.
 
     python lcdd.py                                  the embedded model, fixed response
-    python lcdd.py --model DIR --task fixed --data alpaca.json --out runs/mine
-    python lcdd.py --preset paper-safety-vicuna-7b --data FILE --dry-run
+    python lcdd.py --model DIR --data alpaca.json   your own
+    python lcdd.py --preset safety-vicuna-7b --data FILE     one of the paper's twelve runs
 """
-import files  # noqa: F401, before torch: it sets how threads wait
+from common import (
+    Failed, InputError, Phase, Stateful, add_up, fingerprint, once, parse, read_json, resumable,
+    resume_command, own_part, processes, run_command, set_threads, summed, usual_device, write_json)
+import contextlib
+import argparse
+import functools
+import itertools
+import json
+import math
 import platform
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-import answered
-import behaviour
 import carrier as carriers
 import data
-import lora
-import machine
 import model
-import packed
-import plan
-import training
-from carrier import Carrier, penalty
-from checks import check_lcdd, check_memory, check_sft, rates_of, results_table, say_unknown
-from controller import (Chance, Controller, EarlyStop, Selection, faster, hold_back, rate_of_delta,
-                        reopen_last)
-from files import Failed, InputError, fingerprint, read_json, write_json, write_text
-from console import Interrupted, check_processes, cli, made_by, patient, resume_command
-from run import alone, chat_of, locate, open_run, portable, prepare, read_results, timed
-from settings import DTYPES, fit, options
+from carrier import Carrier, Step, penalty
 
-REOPEN = 4              # times that gates may open again, until the budget counts as not kept
+# ---- settings
 
+# The paper's runs. From its text: gate rate 0.1, SFT's rate 2e-5, 5,000 samples, Table 7 (its heads are
+# lost; the order is inferred) and which runs smooth their loss. The rest is the released code's.
+PAPER = dict(
+    sizes=[5000, 200, 100, 200], max_len=512, loss="all", batch=32, micro_batch=8, sft_epochs=3,
+    sft_lr=2e-5, lr=2e-5, schedule="linear", lr_warmup=0.1, settle=0, gate_lr=0.1, gate_std=0.5,
+    select=0.0, brake=False, floor=0.0, violation_clip=0.0, lambda_min=1e-6, lambda_max=10.0,
+    stall=0.01, over=0.35)
+PRESETS = {
+    # task and model               ρ     λ₀    η_λ  η_grow  T_w  epochs  β
+    "fixed-qwen3-0.6b":         (0.30, 1.00, 0.1, 0.100,  300, 10, 0.00),
+    "fixed-mistral-7b":         (0.30, 1.00, 0.1, 0.100,  300, 10, 0.00),
+    "fixed-deepseek-8b":        (0.30, 1.00, 0.1, 0.100,  300, 10, 0.00),
+    "fixed-vicuna-7b":          (0.30, 0.01, 0.1, 0.010,  700, 20, 0.00),
+    "safety-qwen3-0.6b":        (0.01, 0.01, 0.1, 0.010,  300, 20, 0.95),
+    "safety-mistral-7b":        (0.30, 0.01, 0.1, 0.100,  300, 20, 0.00),
+    "safety-deepseek-8b":       (0.30, 0.01, 0.1, 0.100,  300, 20, 0.00),
+    "safety-vicuna-7b":         (0.50, 0.01, 1.0, 0.005,  300, 20, 0.95),
+    "shakespeare-qwen3-0.6b":   (0.01, 0.01, 0.1, 0.010,  700, 20, 0.95),
+    "shakespeare-mistral-7b":   (0.01, 0.01, 0.1, 0.010,  700, 20, 0.95),
+    "shakespeare-deepseek-8b":  (0.01, 0.01, 0.1, 0.010,  300, 20, 0.95),
+    "shakespeare-vicuna-7b":    (0.01, 0.01, 0.1, 0.010,  700, 20, 0.95),
+}
+MODELS = {"qwen3-0.6b": "Qwen/Qwen3-0.6B", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+          "deepseek-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "vicuna-7b": "lmsys/vicuna-7b-v1.5"}
 
-# ------------------------------------------------------------------------------------- the phases
-
-def train_sft(net, carrier, examples, o, run, pad_id, interrupted=lambda: False):
-    """
-    Phase 1: Δ learns the behaviour with every gate open; embedding, head and norms stay the base's.
-    """
-    optimizer, state = training.adamw(carrier, o.sft_lr), run / "state.safetensors"
-    saved = training.load_state(state, ["sft"], carrier, optimizer)
-    training.train_delta(
-        net, carrier, examples, o, run, pad_id, "sft", o.sft_lr, o.sft_steps, o.seed, optimizer,
-        sure=o.sure, warmup=training.warmup_steps(o, o.sft_steps), saved=saved,
-        interrupted=interrupted)
-
-
-def train_lcdd(net, carrier, examples, o, run, pad_id, teacher=None, interrupted=lambda: False):
-    """
-    Phase 2: Alg. 1, then `settle` steps of Δ at fixed gates, then the constraint is measured: where
-    the loss of many batches is above ε, the gates that shut last open again, and Δ settles once
-    more. Returns what was found.
-
-    Gates alone (--train mask-*) cannot win back what pruning spends: with Δ frozen the last ones
-    are kept at which both the loss and its average were within the budget.
-    """
-    joint, state = o.train == "joint", run / "state.safetensors"
-    optimizer, found = training.adamw(carrier, o.lr), None
-    saved = training.load_state(state, ["lcdd", "settle"], carrier, optimizer)
-    if saved and saved["phase"] == "settle":
-        found = saved["found"]
-    else:
-        found = prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved,
-                      interrupted)
-        saved = None
-    if joint and o.settle:
-        settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, interrupted)
-    else:
-        some = training.probe(examples, o)
-        found["loss"] = training.mean_loss(net, carrier, some, pad_id, o.micro_batch, teacher,
-                                           o.train == "mask-kl-true")
-    found["within"] = found["budget"] is not None and found["loss"] <= found["budget"]
-    return found
-
-
-def prune(net, carrier, examples, o, run, pad_id, optimizer, teacher, saved, interrupted):
-    """
-    Alg. 1: Δ and gates together. Returns {reason, steps, budget} and, for gates alone, `kept`: the
-    step that is kept.
-    """
-    joint, divergence = o.train == "joint", o.train == "mask-kl-true"
-    state = run / "state.safetensors"
-    carrier.logits.requires_grad_(True)
-    carrier.delta.requires_grad_(joint)
-    gate_optimizer = torch.optim.SGD([carrier.logits], lr=o.gate_lr)
-    controller, selection = Controller(o), Selection(o, carrier.logits)
-    early = EarlyStop(o, carrier.logits.numel())
-    start, kept = 0, None                                   # kept: (step, logits), for gates alone
-    if saved:
-        start, kept = restore(saved, controller, selection, early)
-        chance = chance_of(saved, len(examples))
-    else:
-        chance = Chance.measured(net, carrier, examples, o, pad_id) if joint else Chance()
-    progress, reason = training.Progress(run, "lcdd", o.steps, start), "all steps done"
-    for t in range(start, o.steps):
-        # L_task(m, Δ), and its gradients by Δ and m
-        samples = training.draw(range(len(examples)), o.batch, t, o.seed + 1)
-        batch = [examples[i] for i in samples]
-        loss = training.gradients(net, carrier, batch, o.micro_batch, pad_id, teacher, divergence)
-        training.guard(loss, "lcdd", t, state)
-
-        stop = interrupted()
-        if t % o.save_every == 0 or stop:                   # as it stood before this step
-            save_pruning(state, carrier, optimizer, t, controller, selection, early, chance, kept)
-        if stop:
-            raise training.Stopped
-
-        # + λ · min(1, t/T_w) · Ω(m), once a step
-        selection.rescale(carrier.logits.grad, t, controller.warm(t))
-        (controller.weight(t) * penalty(carrier.logits)).backward()
-
-        # ema of L; ε when warm-up ends; from then on λ
-        controller.update(t, loss - chance.of(samples))
-        if not joint and controller.fits(loss):
-            kept = t, carrier.logits.detach().clone()       # the gates that `loss` is the loss of
-
-        # one step: Δ by AdamW, m by SGD
-        if joint:
-            training.clip_gradients(carrier, o.clip)
-            optimizer.param_groups[0]["lr"] = rate_of_delta(o, t) * faster(carrier, o)
-            optimizer.step()
-        hold_back(carrier.logits, o.gate_lr, o.pace)
-        gate_optimizer.step()
-        optimizer.zero_grad()
-        gate_optimizer.zero_grad()
-
-        # early stop: stalled, or over-pruned
-        if (t + 1) % o.log_every == 0 or t + 1 == o.steps:
-            n_open = log_pruning(progress, t, loss, controller, carrier.stats())
-            verdict = early.update(n_open, loss, controller.reference, controller.recovers())
-            if verdict:
-                progress.meter.close()
-                print(f"lcdd: {verdict}", flush=True)
-                reason = verdict
-                break
-    found = {"reason": reason, "steps": t + 1, "budget": controller.budget}
-    if not joint:
-        found |= take_kept(carrier, kept)
-    return found
+OPTIONS = {     # name: (default, help); a type is a default that follows from others
+    "model": (model.EMBEDDED, "folder of a Hugging Face checkpoint, or a hub id"),
+    "task": ("fixed", "fixed, safety, shakespeare, or FILE.jsonl with prompt and response"),
+    "data": (str, "the task's data: .jsonl, .json, .csv, .tsv, .parquet (TASK.jsonl beside the checkpoint; for "
+                  "fixed prompts of our own)"),
+    "test": (str, "a file of test prompts, in place of some of the data's"),
+    "pattern": (str, "regular expression that shows the behaviour in an answer; a row's own wins"),
+    "sft": (str, "your own fine-tuned checkpoint of the same model, instead of phase 1"),
+    "out": (str, "run directory (runs/TASK, numbered)"),
+    "resume": (False, "go on with the run in --out; start it if there is none"),
+    "go_on": (False, "train on although SFT did not teach the behaviour"),
+    "preset": ((None, *PRESETS), "one of the paper's twelve runs (Table 7): fixed-, safety- or shakespeare-, and "
+                                 "qwen3-0.6b, mistral-7b, deepseek-8b or vicuna-7b"),
+    "seed": (0, "of gates, splits and batches"),
+    "device": (usual_device(), "cpu or cuda"),
+    "dtype": ((None, "float32", "bfloat16"), "of the base and all products (float32 on a CPU, bfloat16 on a GPU)"),
+    "delta_dtype": (("float32", "bfloat16"), "of Δ and AdamW's moments (float32)"),
+    "checkpoint": (False, "recompute layers in the backward pass: less memory, more time"),
+    "sizes": (list(data.SIZES.values()), "prompts for training, trigger, validation and test; the paper: 200 for "
+                                         "the trigger"),
+    "max_len": (512, "tokens per sample; longer ones are cut and counted"),
+    "max_new_tokens": (128, "length of answers; the paper's safety: 512"),
+    "batch": (16, "samples per optimizer step; the paper: 32"),
+    "micro_batch": (int, "samples per forward pass: changes memory, not the result (the batch)"),
+    "loss": (("response", "all"), "tokens in the loss (response; the paper: all)"),
+    "sft_steps": (int, "optimizer steps of phase 1 (350; the paper: 3 epochs)"),
+    "sft_lr": (float, "AdamW in phase 1, falling to 0 (0.125 / d; the paper: 2e-5)"),
+    "train": (("joint", "mask-ce", "mask-kl"), "mask-*: gates alone, Δ frozen; mask-kl has SFT's distributions as "
+                                               "soft targets (App. E)"),
+    "steps": (int, "optimizer steps of Alg. 1 (600; the paper: 10 or 20 epochs)"),
+    "settle": (200, "steps of Δ alone after the last gate step; the paper: 0"),
+    "lr": (float, "AdamW on Δ in Alg. 1 (0.125 / d; the paper: 2e-5)"),
+    "rho": (0.05, "budget ratio: ε = (1 + ρ)·ema; the paper: 0.01 to 0.5"),
+    "floor": (0.03, "the least ε, in nats per token; the paper: 0"),
+    "warmup": (50, "T_w, steps in which the penalty is faded in; the paper: 300, 700"),
+    "lambda0": (0.02, "λ at the start; the paper: 0.01 or 1"),
+    "select": (1.0, "size of the task's gradient on the gates, in units of the penalty's pull; 0: as it is, the paper"),
+}
+SETTINGS = dict(                # what nobody turns; the paper's runs do
+    clip=1.0,                   # gradient norm of all deltas together
+    schedule="constant",        # of Δ's rate in Alg. 1, or "linear"
+    lr_warmup=0.0,              # share of a phase's steps in which Δ's rate rises from 0
+    gate_lr=None,               # SGD on m; None: a gate on which only Ω pulls shuts half way
+    gate_mean=1.5, gate_std=0.02,       # of the first m (paper's code: 0.5, and the noise chooses)
+    brake=True,                 # ours
+    beta=0.9,                   # decay of the loss average
+    eta=0.2, eta_grow=0.05,     # η_λ over budget, η_grow under it
+    violation_clip=1.0,         # V
+    lambda_min=1e-5, lambda_max=None,   # None: 30 λ₀
+    stall=None, over=None,      # Alg. 1's early stops: shares, None for never
+    window=20, patience=3,      # of these: log points that are looked at, and so many times in a row
+    log_every=10, save_every=200, epochs=None, sft_epochs=None)
+RATE = 0.125        # AdamW's rate is RATE / d: 3e-5 at the paper's d = 4096, 1e-3 at 128
+SURE = 0.001        # nats per token: SFT under this comes to an early end, and so does settling
+PROBE = 16          # batches on which the constraint is measured at the end
 
 
-def log_pruning(progress, t, loss, controller, stats):
-    """Log step t of Alg. 1; returns the number of open gates."""
-    n_open = stats["gates"]["open"]
-    numbers = {"ema": controller.ema, "budget": controller.budget, "lambda": controller.lam}
-    progress.log(t, loss=loss, **numbers, sparsity=stats["sparsity"], open=n_open)
-    return n_open
-
-
-def take_kept(carrier, kept):
-    """Gates alone end with those `kept`, (step, logits), or with the last. Returns {kept: step}."""
-    if kept is None:
-        print("lcdd: at no step after the warm-up were the loss and its average within the budget; "
-              "the last gates are kept", flush=True)
+def preset(o):
+    """The settings of the paper's run o.preset, {option: value}."""
+    if not o.preset:
         return {}
-    step, logits = kept
-    carrier.logits.data.copy_(logits)
-    print(f"lcdd: the gates of step {step + 1} are kept, the last whose batch was within the budget",
-          flush=True)
-    return {"kept": step + 1}
+    task, _, which = o.preset.partition("-")
+    heads = ("rho", "lambda0", "eta", "eta_grow", "warmup", "epochs", "beta")
+    found = dict(PAPER, task=task, model=MODELS[which], **dict(zip(heads, PRESETS[o.preset])))
+    if found["over"] <= found["rho"]:
+        found["over"] = 1.5 * found["rho"]                      # the stop lies beyond the budget
+    found["max_new_tokens"] = 512 if task == "safety" else 128  # App. F.4
+    return found
 
 
-def save_pruning(path, carrier, optimizer, t, controller, selection, early, chance, kept):
-    """The state of Alg. 1 before step t."""
-    extra, kept_step = {"mean": selection.mean}, None
-    n_chance = None
-    if chance.losses is not None:
-        n_chance, extra["chance"] = len(chance.losses), chance.losses
-    if kept is not None:
-        kept_step, extra["kept"] = kept
-    training.save_state(
-        path, carrier, optimizer, extra, phase="lcdd", step=t, kept_step=kept_step, chance=n_chance,
-        controller=controller.state(), early=early.state())
+def options(argv=None):
+    """The command line as a namespace."""
+    o = parse(__doc__, OPTIONS, SETTINGS, argv, preset)
+    o.micro_batch = o.micro_batch or o.batch
+    for name in ("model", "data", "test", "sft", "task"):       # a run may be looked at from anywhere
+        value = getattr(o, name)
+        if value and value not in (model.EMBEDDED, *data.TASKS) and Path(value).expanduser().exists():
+            setattr(o, name, str(Path(value).expanduser().resolve()))
+    return o
 
 
-def restore(saved, controller, selection, early):
-    """Go on from what save_pruning saved. Returns the step, and the gates that are kept, if any."""
-    if saved["step"] >= controller.o.steps:
-        raise InputError(f"state.safetensors: step {saved['step']} is none of {controller.o.steps} "
-                         "steps; remove it to start this phase again")
-    selection.mean.copy_(saved["extra"]["mean"])
-    for part, numbers in ((controller, saved["controller"]), (early, saved["early"])):
-        vars(part).update({name: numbers[name] for name in part.state()})
-    if saved.get("kept_step") is None:
-        return saved["step"], None
-    return saved["step"], (saved["kept_step"], saved["extra"]["kept"])
+def fit(o, width, samples):
+    """Fill in what was not given, from the model's width d and the number of training samples."""
+    for name, epochs, usual in (("sft_steps", o.sft_epochs, 350), ("steps", o.epochs, 600)):
+        if getattr(o, name) is None:
+            setattr(o, name, math.ceil(epochs * samples / o.batch) if epochs else usual)
+    o.lr = RATE / width if o.lr is None else o.lr
+    o.sft_lr = RATE / width if o.sft_lr is None else o.sft_lr
+    o.lambda_max = o.lambda_max or 30 * o.lambda0
+    if o.gate_lr is None:
+        if not o.lambda0:
+            raise InputError("--lambda0 0: no penalty pulls at a gate; give one above 0")
+        o.gate_lr = o.gate_mean / (pull(o) * max(1, o.steps / 2))
+    return o
 
 
-def chance_of(saved, n):
-    """The Chance of a saved state, for n samples."""
-    losses = saved["extra"].get("chance")
-    if losses is not None and len(losses) != n:
-        raise InputError(f"state.safetensors: chance has {len(losses)} samples, and there are {n}; remove "
-                         "it to start this phase again")
-    return Chance(losses)
+def pull(o):
+    """λ₀·σ′(mean): the penalty's pull on a gate at the start."""
+    s = 1 / (1 + math.exp(-o.gate_mean))
+    return o.lambda0 * s * (1 - s)
 
 
-def settle(net, carrier, examples, o, run, pad_id, optimizer, found, saved, interrupted):
+# ---- the loss of a batch, and the batches
+
+def task_loss(net, weights, ids, mask, teacher=None):
     """
-    Δ alone at fixed gates, until the loss of many batches is within ε; each time it is not, twice
-    as many gates open again as the time before, those first that shut last. Adds `loss` and
-    `reopened` to `found`.
+    L, summed over the tokens that `mask` (B, T) marks, in nats: cross-entropy, or with a teacher's
+    distributions as soft targets (App. E). The head runs on those positions only.
     """
-    budget = found["budget"]
-    found.setdefault("reopened", 0)
-    tries = saved["tries"] if saved else 0
-    while True:
-        steps = o.settle if tries == 0 else max(1, o.settle // 2)
-        sure = max(o.sure, (budget or 0) / 10) if o.sure else 0.0
-        print(f"lcdd: the gates are fixed; {steps} steps settle Δ alone", flush=True)
-        training.train_delta(
-            net, carrier, examples, o, run, pad_id, "settle", o.lr * faster(carrier, o), steps,
-            o.seed + 2 + tries, optimizer, sure=sure, saved=saved, interrupted=interrupted,
-            found=found, tries=tries)
-        saved, tries = None, tries + 1
-        some = training.probe(examples, o)
-        found["loss"] = training.mean_loss(net, carrier, some, pad_id, o.micro_batch)
-        if budget is None or found["loss"] <= budget or tries > REOPEN:
-            return
-        more = reopen_last(carrier, 0.05 * 2 ** tries)
-        found["reopened"] += more
-        print(f"lcdd: the loss of {o.batch * training.PROBE} samples is {found['loss']:.4g}, "
-              f"above the budget {budget:.4g}; the {more} gates that shut last are open again",
-              flush=True)
-
-
-# ---------------------------------------------------------------------------------- one's own SFT
-
-def delta_of(net, folder, o):
-    """
-    Δ = W_sft − W_b of the user's own checkpoint or PEFT LoRA adapter as a carrier with every gate
-    open, and what the checkpoint changed elsewhere: {tensor: relative norm}.
-    """
-    if (Path(folder) / lora.CONFIG).is_file():
-        adapter = lora.read(folder, net, getattr(torch, o.delta_dtype))
-        return adapter.with_gates(True), {}
-    # rounded as the base is: what is equal stays equal
-    tuned = model.load(folder, o.device, net.dtype)
-    if tuned.config != net.config:
-        raise InputError(f"{folder}/config.json: not the same architecture as {o.model}; "
-                         "--sft wants a fine-tuned copy of it")
-    carrier = Carrier(net.config, getattr(torch, o.delta_dtype), o.device)
+    wanted, seen = mask[:, 1:], ids[:, :-1]             # position t predicts token t + 1
+    hidden = net.hidden(seen, weights, wanted=wanted)                               # (M, d)
+    if teacher is None:
+        return model.cross_entropy(net, hidden, ids[:, 1:][wanted])
     with torch.no_grad():
-        for l, deltas in enumerate(carrier.delta):
-            for name, p in deltas.items():
-                W_sft, W_b = tuned.projections[l][name].weight, net.projections[l][name].weight
-                p.copy_(W_sft.float() - W_b.float())
-    return carrier, changed_elsewhere(net, tuned)
+        aim = net.hidden(seen, teacher, wanted=wanted)                              # (M, d)
+
+    def piece(h, t):
+        p = model.wide(net.head(t)).softmax(-1)                                     # (chunk, V)
+        return -(p * model.wide(net.head(h)).log_softmax(-1)).sum()
+    return model.in_pieces(net, piece, hidden, aim)
 
 
-def changed_elsewhere(net, tuned):
-    """What differs outside the projections: {tensor: norm of the change, relative to the base}."""
-    ours = set()
-    for layer in tuned.projections:
-        ours |= {id(m.weight) for m in layer.values()}
-    base, changed = dict(net.named_parameters()), {}
-    for name, p in tuned.named_parameters():
-        if id(p) in ours:
-            continue
-        before = base[name].float()
-        change = (p.float() - before).norm() / before.norm().clamp(min=1e-12)
-        if change > 0:
-            changed[name] = float(change)
-    return changed
+def batches(net, examples, o):
+    """Yield (ids, mask) of this process's micro-batches of [(ids, mask), …], samples of a length together."""
+    examples = own_part(sorted(examples, key=lambda example: len(example[0])))
+    for i in range(0, len(examples), o.micro_batch):
+        ids, mask = data.collate(examples[i:i + o.micro_batch])
+        yield ids.to(net.device), mask.to(net.device)
 
 
-def say_elsewhere(o, changed):
-    """A note on what --sft changed where a carrier has no deltas."""
-    if changed:
-        worst = max(changed, key=changed.get)
-        print(f"note: {o.sft} also changed {len(changed)} tensors outside the projections, most "
-              f"{worst} (by {changed[worst]:.2%} of its norm); they stay the base's, so that gates "
-              "off is the base")
-
-
-# ------------------------------------------------------------------------------------------ a run
-
-def dtype_of_run(o):
+def gradients(net, carrier, examples, o, teacher=None):
     """
-    The dtype of the run that --resume takes up, which another machine would choose otherwise; None
-    where no run is there.
+    Gradients of the mean task loss of one optimizer batch, however it is cut; returns the loss. Every
+    token in the loss weighs the same, so 1 × 32 and 4 × 8 are the same step.
     """
-    file = Path(o.out or "") / "config.json"
-    if not (o.resume and o.out and file.is_file()):
+    tokens, step, total = sum(sum(mask[1:]) for _, mask in examples), Step(carrier), 0.0
+    for ids, mask in batches(net, examples, o):
+        loss = task_loss(net, step, ids, mask, teacher) / tokens
+        loss.backward()
+        total += loss.detach()
+    add_up(p.grad for p in carrier.parameters() if p.grad is not None)
+    return summed(total)
+
+
+@torch.no_grad()
+def mean_loss(net, weights, examples, o, teacher=None):
+    """The task loss of many samples in nats per token: the left side of Eq. 4."""
+    total = tokens = 0
+    for ids, mask in batches(net, examples, o):
+        total += float(task_loss(net, weights, ids, mask, teacher))
+        tokens += int(mask[:, 1:].sum())
+    return summed(total) / summed(tokens)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order of n samples in an epoch."""
+    generator = torch.Generator().manual_seed(seed * 10007 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def draw(examples, size, step, seed):
+    """The batch of optimizer step `step`: epochs are permutations, and nothing but its number decides."""
+    n = len(examples)
+    return [examples[permutation(n, seed, k // n)[k % n]] for k in range(step * size, (step + 1) * size)]
+
+
+def rate_share(t, steps, rise=0):
+    """The rate at step t as a share of its peak: from 0 to 1 over `rise` steps, then to 0 at `steps`."""
+    return t / rise if t < rise else 1 - (t - rise) / (steps - rise)
+
+
+def adamw(carrier, lr):
+    """AdamW on the deltas, without weight decay; its moments have the deltas' dtype."""
+    return torch.optim.AdamW(carrier.delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+# ---- Δ alone: full SFT before Alg. 1, settling after it
+
+class Fall(Stateful):
+    """AdamW's rate from `high` at step `start` linearly to 0 at step `end`, and the average loss."""
+
+    def __init__(self, high, end, found):
+        self.high, self.start, self.end, self.average, self.found = high, 0, end, 0.0, found
+
+    def rate(self, t, rise):
+        return self.high * rate_share(t - self.start, self.end - self.start, rise if self.start == 0 else 0)
+
+
+def train_delta(net, carrier, examples, o, run, phase, peak, steps, seed, optimizer, found=None):
+    """
+    Train Δ at the gates as they are, AdamW's rate falling linearly from `peak` to 0. If the average loss
+    falls under SURE, or a tenth of the budget, the rest of the way down is a short one. Returns `found`,
+    what Alg. 1 found, which travels in the state.
+    """
+    carrier.logits.requires_grad_(False)
+    carrier.delta.requires_grad_(True)
+    rise, fall = math.ceil(o.lr_warmup * steps) if phase == "sft" else 0, Fall(peak, steps, found)
+    with Phase(run, phase, steps, o.save_every, carrier=carrier, optimizer=optimizer, fall=fall) as loop:
+        sure, t = max(SURE, ((fall.found or {}).get("budget") or 0) / 10), loop.start
+        while t < fall.end:
+            loop.pause(t)
+            loss = gradients(net, carrier, draw(examples, o.batch, t, seed), o)
+            rate = optimizer.param_groups[0]["lr"] = fall.rate(t, rise)
+            clip(carrier, o)
+            optimizer.step()
+            optimizer.zero_grad()
+            loop.done(t, loss)
+
+            # sure of it: only a quarter as many steps again, falling from the rate as it is
+            t += 1
+            fall.average = 0.6 * fall.average + 0.4 * loss              # forgets the first losses soon
+            end = t + max(10, t // 4)
+            if fall.average / (1 - 0.6 ** t) < sure and fall.start == 0 and end < fall.end:
+                fall.high, fall.start, fall.end = rate, t, end
+            loop.bar.total = fall.end
+            if t % o.log_every == 0 or t == fall.end:
+                loop.row(t - 1, loss=loss)
+    return fall.found
+
+
+def clip(carrier, o):
+    """Scale the gradients of all deltas down to the norm o.clip; 0: as they are."""
+    if o.clip:
+        torch.nn.utils.clip_grad_norm_(carrier.delta.parameters(), o.clip)
+
+
+# ---- Alg. 1
+
+class Controller(Stateful):
+    """λ, ε, the average of the loss, and what else Alg. 1 carries on. All advance once an optimizer step."""
+
+    def __init__(self, o, m):
+        self.o, self.lam, self.raw, self.ema, self.loss = o, o.lambda0, 0.0, 0.0, 0.0
+        self.budget = self.start = None         # ε, and the average when it was set; None during warm-up
+        self.points, self.stalled, self.over = [], 0, 0         # of the early stops
+        self.mean, self.kept = torch.zeros_like(m), None        # of the task's gradient on m; gates that are kept
+
+    def warm(self, t):
+        """min(1, t/T_w): fades the penalty in."""
+        return min(1.0, t / max(1, self.o.warmup))
+
+    def slack(self):
+        """Ours: the share that is left of what lies between the loss when ε was set and ε itself."""
+        return (self.budget - self.ema) / max(self.budget - self.start, 1e-12)
+
+    def weight(self, t):
+        """
+        Factor on Ω at step t: λ·min(1, t/T_w), and ours, the brake: times the slack that is left, 1 where ε
+        was set, 0 at ε, down to −1 beyond. λ alone comes down too late: a gate that is shut hardly opens
+        again. Embedded model: .98 of the gates off with the brake, .71 without.
+        """
+        brake = self.o.brake and self.budget is not None
+        return self.lam * self.warm(t) * (max(-1.0, min(1.0, self.slack())) if brake else 1.0)
+
+    def update(self, t, loss):
+        """Take in the loss of step t; set ε once when warm-up ends, from then on move λ."""
+        o, self.loss = self.o, loss
+        # ema = β·ema + (1 − β)·L, bias-corrected by 1 − β^(t+1)
+        self.raw = o.beta * self.raw + (1 - o.beta) * loss
+        self.ema = self.raw / (1 - o.beta ** (t + 1))
+        if t < o.warmup:
+            return
+        # t ≥ T_w, first time: ε = (1 + ρ)·ema; ours: at least the floor, for 5 % of a loss near 0 is none
+        if self.budget is None:
+            self.start, self.budget = self.ema, max((1 + o.rho) * self.ema, o.floor)
+            return
+        # afterwards: v = clip((ema − ε)/ε, ±V);  λ ← clamp(λ·exp(−η·v), λ_min, λ_max)
+        v = -self.slack() if o.brake else (self.ema - self.budget) / max(self.budget, 1e-12)
+        if o.violation_clip:
+            v = max(-o.violation_clip, min(o.violation_clip, v))
+        eta = o.eta if v > 0 else o.eta_grow
+        self.lam *= math.exp(min(-eta * v, 700))            # 700: where exp() overflows
+        self.lam = max(o.lambda_min, min(o.lambda_max, self.lam))
+
+    def fits(self, loss):
+        """Are both the loss and its average within the budget?"""
+        return self.budget is not None and max(loss, self.ema) <= self.budget
+
+    @torch.no_grad()
+    def select(self, grad, t):
+        """
+        Ours: replace ∂L/∂m (L, gates a layer), in place, by its running mean, scaled in each layer until its
+        root mean square is the penalty's pull at the start, and faded in with the penalty. Near zero loss the
+        gradient itself is next to nothing, and the noise of the first m would choose the gates.
+        """
+        if self.o.select:
+            self.mean = (0.9 * self.mean.to(grad)).add(grad, alpha=0.1)
+            size = self.mean.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)     # (L, 1)
+            grad.copy_(self.mean * (self.warm(t) * self.o.select * pull(self.o) / size))
+
+    def verdict(self, opened, total):
+        """
+        Both early stops of Alg. 1, on log points (open gates of a total, loss) after the warm-up; none before
+        pruning has begun. The reason to stop, or None.
+        """
+        o = self.o
+        if self.budget is None:
+            return None
+        self.points.append((opened, self.loss))
+        if len(self.points) <= o.window or opened >= 0.9 * total:
+            return None
+        before = self.points[-1 - o.window][0]
+        median = statistics.median(loss for _, loss in self.points[-o.window:])
+        stalled = o.stall is not None and opened > (1 - o.stall) * before
+        over = o.over is not None and median > (1 + o.over) * self.start
+        self.stalled = self.stalled + 1 if stalled else 0
+        self.over = self.over + 1 if over else 0
+        if self.stalled >= o.patience:
+            return f"stalled: open gates fell by less than {o.stall:.0%} over {o.window} log points"
+        if self.over >= o.patience:
+            return f"over-pruned: the median loss is more than {o.over:.0%} above that after warm-up"
         return None
-    found = read_json(file).get("dtype")
-    return found if found in DTYPES else None
 
 
-def load_base(o, chat):
-    """The base on its device, in --dtype or else what is fast there; o.dtype is filled in."""
-    o.dtype = o.dtype or dtype_of_run(o)
-    net = model.load(chat.folder, o.device, getattr(torch, o.dtype) if o.dtype else None)
-    o.dtype = str(net.dtype).removeprefix("torch.")
-    net.checkpoint, net.stop = o.checkpoint, chat.stop
-    machine.set_threads(net)
+def prune(net, carrier, examples, o, run, optimizer, teacher=None, change=None):
+    """
+    Alg. 1: Δ and gates together, or gates alone (App. E). change(grad), if given, may alter the task's
+    gradient on the gates (L, gates a layer) in place: lab's controls. Returns {reason, steps, budget}.
+    """
+    joint, reason, m = o.train == "joint", "all steps done", carrier.logits
+    m.requires_grad_(True)
+    carrier.delta.requires_grad_(joint)
+    gate_optimizer, controller = torch.optim.SGD([m], lr=o.gate_lr), Controller(o, m)
+    parts = dict(carrier=carrier, optimizer=optimizer, controller=controller)
+    with Phase(run, "lcdd", o.steps, o.save_every, **parts) as loop:
+        for t in range(loop.start, o.steps):
+            loop.pause(t)
+            # L_task(m, Δ), and its gradients by Δ and m
+            loss = gradients(net, carrier, draw(examples, o.batch, t, o.seed + 1), o, teacher)
+
+            # + λ · min(1, t/T_w) · Ω(m), once a step
+            controller.select(m.grad, t)
+            if change is not None:
+                change(m.grad)
+            (controller.weight(t) * penalty(m)).backward()
+
+            # ema of L; ε when warm-up ends; from then on λ
+            controller.update(t, loss)
+            if not joint and controller.fits(loss):         # gates alone cannot win back what pruning spends
+                controller.kept = m.detach().clone()
+
+            # one step: Δ by AdamW, m by SGD
+            if joint:
+                clip(carrier, o)
+                if o.schedule == "linear":
+                    rise = math.ceil(o.lr_warmup * o.steps)
+                    optimizer.param_groups[0]["lr"] = o.lr * rate_share(t, o.steps, rise)
+                optimizer.step()
+            gate_optimizer.step()
+            optimizer.zero_grad()
+            gate_optimizer.zero_grad()
+            loop.done(t, loss)
+
+            # early stop: stalled, or over-pruned
+            if (t + 1) % o.log_every == 0 or t + 1 == o.steps:
+                opened = int((m > 0).sum())
+                loop.row(t, loss=loss, ema=controller.ema, budget=controller.budget, **{"lambda": controller.lam},
+                         sparsity=1 - opened / m.numel(), open=opened)
+                verdict = controller.verdict(opened, m.numel())
+                if verdict:
+                    reason = verdict
+                    break
+    if controller.kept is not None:
+        m.data.copy_(controller.kept)
+    return {"reason": reason, "steps": t + 1, "budget": controller.budget}
+
+
+def train_lcdd(net, carrier, examples, o, run, teacher=None, change=None):
+    """
+    Alg. 1; then, ours, Δ settles at fixed gates and a falling rate; then the constraint is measured on many
+    batches. Returns {reason, steps, budget, loss, within}.
+    """
+    found, optimizer = None, adamw(carrier, o.lr)
+    if not (run / "settle.state").is_file():
+        found = prune(net, carrier, examples, o, run, optimizer, teacher, change)
+    if o.train == "joint" and o.settle:
+        found = train_delta(net, carrier, examples, o, run, "settle", o.lr, o.settle, o.seed + 2, optimizer, found)
+    some = draw(examples, min(len(examples), o.batch * PROBE), 0, o.seed + 3)
+    loss = mean_loss(net, Step(carrier), some, o, teacher)
+    return found | {"loss": loss, "within": found["budget"] is not None and loss <= found["budget"]}
+
+
+# ---- one's own SFT
+
+def take_delta(net, carrier, o):
+    """
+    Δ = W_sft − W_b of the user's own checkpoint o.sft into `carrier`. What it changed elsewhere is said; it
+    stays the base's, so that gates off is the base.
+    """
+    tuned = model.load(o.sft, o.device, net.dtype)
+    if tuned.config != net.config:
+        raise InputError(f"{o.sft}: is not of the same architecture as {o.model}; --sft wants a fine-tuned copy of it")
+    base, elsewhere = dict(net.named_parameters()), []
+    for name, p in tuned.named_parameters():
+        change, parts = p.float() - base[name].float(), name.split(".")
+        if name.endswith("_proj.weight"):
+            carrier.delta[int(parts[2])][parts[4]].data.copy_(change)
+        elif change.any():
+            elsewhere.append((float(change.norm() / base[name].float().norm()), name))
+    if elsewhere:
+        share, worst = max(elsewhere)
+        print(f"note: {o.sft} also changed {len(elsewhere)} tensors outside the projections, most {worst} (by "
+              f"{share:.2%} of its norm); they stay the base's")
+
+
+# ---- a run directory
+
+def open_run(o, config):
+    """The run directory --out, or the first free runs/TASK, with `config` in its config.json."""
+    if o.resume and not o.out:
+        raise InputError("--resume: name the run to go on with by --out")
+    name = o.task if o.task in data.TASKS else Path(o.task).stem
+    free = (Path("runs") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
+    run = Path(o.out) if o.out else next(path for path in free if not path.exists())
+    file = run / "config.json"
+    others = [path for path in run.glob("*") if path.name != "config.json"] if run.is_dir() else []
+    if others and not o.resume:
+        raise InputError(f"{run}: holds a run already; go on with --resume, or choose another --out")
+    if file.is_file() and o.resume:
+        before, now = read_json(file), json.loads(json.dumps(config))
+        for key in now.keys() - {"versions", "command"}:
+            if before.get(key) != now[key]:
+                raise InputError(f"{file}: {key} was {before.get(key)!r} and is now {now[key]!r}; resume with "
+                                 "the same options, or choose another --out")
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(file, config)
+    return run
+
+
+def load_run(run, device, with_data=True):
+    """
+    Load a run directory: (options of the run, base model, Chat, splits or None). Raises InputError if
+    its data, tokenizer or base changed since, so that held-out prompts may not be held out.
+    """
+    file = Path(run) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if "data_fingerprint" not in config or not (Path(run) / "carrier.safetensors").is_file():
+        raise InputError(f"{run}: is no run directory that lcdd.py has finished")
+    o = argparse.Namespace(**config)
+    chat, splits = data.Chat(model.locate(o.model)), None
+    if chat.fingerprint() != o.chat_fingerprint:
+        raise InputError(f"{chat.folder}: tokenizer or chat template changed since {run} was trained; restore them")
+    if with_data:
+        splits, sources = data.prepare(chat.folder, o.task, o.data, o.test, o.seed, sizes(o), o.pattern)
+        if fingerprint(*sources) != o.data_fingerprint:
+            raise InputError(f"{' or '.join(map(str, sources))}: changed since {run} was trained, so held-out "
+                             "prompts may not be; restore it or train again")
+    return o, load_base(chat, device, o.dtype), chat, splits
+
+
+def load_base(chat, device, dtype, recompute=False):
+    """The base beside a Chat, in the dtype of that name, ready to train on and to generate."""
+    net = model.load(chat.folder, device, getattr(torch, dtype))
+    net.stop, net.checkpoint = chat.stop, recompute
+    set_threads(net)
     return net
 
 
-def recorded(o, net, chat, sources, words):
-    """What config.json keeps: the settings, and what they were used on and with."""
-    kept = {k: v for k, v in vars(o).items() if k not in ("out", "resume", "go_on", "dry_run")}
-    return {
-        **kept, "data_fingerprint": fingerprint(*sources), "base_fingerprint": packed.fingerprint(net),
-        "chat_fingerprint": chat.fingerprint(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "made": made_by("lcdd.py", words)}
+def sizes(o):
+    """{split: number of prompts}"""
+    return dict(zip(data.SIZES, o.sizes))
+
+
+def read_results(run):
+    """results.json of a run directory, as far as it goes."""
+    file = Path(run) / "results.json"
+    return read_json(file) if file.is_file() else {"seconds": {}}
+
+
+def rates(net, chat, o, samples, conditions):
+    """Greedy answers of {name: weights or (weights, τ)} to samples, scored: {name: data.score()}."""
+    prompts, found = [chat.prompt(s.prompt, s.before, o.max_len) for s in samples], {}
+    for name, condition in conditions.items():
+        weights, tau = condition if isinstance(condition, tuple) else (condition, None)
+        answers = net.generate(prompts, o.max_new_tokens, weights, tau, label=f"answers of {name}")
+        found[name] = data.score(o.task, [chat.decode(a) for a in answers], samples)
+    return found
+
+
+# ---- the command
+
+def dtype_of(o, net_config):
+    """--dtype, else fp32 on a CPU and bf16 on a GPU; a line of advice if the CPU multiplies bf16 itself."""
+    if o.dtype or o.device != "cpu":
+        return o.dtype or "bfloat16"
+    native = any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+    if native and net_config["hidden_size"] >= 512:
+        print("note: this processor multiplies bf16 itself; --dtype bfloat16 is likely the faster one here")
+    return "float32"
 
 
 def main(argv=None):
-    """The command: read the options and the data, load the model, and train in a run directory."""
-    o, words = options(argv, __doc__), sys.argv[1:] if argv is None else argv
-    sizes = {k: getattr(o, f"n_{k}") for k in data.SIZES}
-    chat = chat_of(o.model, weights=not o.dry_run)
-    splits, sources = prepare(chat, o.task, o.data, o.seed, sizes, o.test, o.pattern)
-    examples = [chat.encode(s.prompt, s.response, o.max_len) for s in splits["train"]]
-    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
-    say_unknown(chat, splits["train"], sources[0])
-    examples = training.supervised(examples, o.loss)
-    if o.dry_run:
-        return plan.show(o, chat, splits, examples)
-    net = load_base(o, chat)
+    """Read options and data, load the model, train both phases into a run directory."""
+    o = options(argv)
+    chat = data.Chat(model.locate(o.model))
+    splits, sources = data.prepare(chat.folder, o.task, o.data, o.test, o.seed, sizes(o), o.pattern)
+    o.dtype = dtype_of(o, read_json(chat.folder / "config.json"))
+    net = load_base(chat, o.device, o.dtype, o.checkpoint)
     fit(o, net.config.hidden_size, len(splits["train"]))
-    check_processes("--batch", o.batch)
-    check_memory(o, net, examples)
-    sft_done = o.out and (Path(o.out) / "sft.safetensors").is_file()
-    tuned = delta_of(net, locate(o.sft), o) if o.sft and not sft_done else None
-    name = data.task_name(o.task) if o.task in data.TASKS else Path(o.task).stem
-    run = open_run(o.out, name, o.resume, recorded(o, net, chat, sources, words))
-    counts = ", ".join(f"{len(v)} {k}" for k, v in splits.items())
-    print(f"{chat.folder.name}, task {o.task}: {counts}; run directory {run}")
-    print(f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}, {o.steps} of LCDD at {o.lr:.2g} "
-          f"(gates {o.gate_lr:.3g}), {o.settle} to settle, at most")
-    torch.manual_seed(o.seed)
-    try:
-        with alone(run):
-            train(o, net, chat, splits, examples, run, tuned)
-    except KeyboardInterrupt:
-        raise Interrupted(resume_command("lcdd.py", words, run)) from None
+    if processes() > o.batch:
+        raise InputError(f"--batch {o.batch}: fewer samples than torchrun's {processes()} processes")
+    examples = [chat.encode(s, o.max_len) for s in splits["train"]]
+    chat.say_cut(f"of {len(examples)} training samples", o.max_len)
+    if o.loss == "all":
+        examples = [(ids, [True] * len(ids)) for ids, _ in examples]
+    config = {name: value for name, value in vars(o).items() if name not in ("out", "resume", "go_on", "device")}
+    run = once(open_run, o, config | {
+        "data_fingerprint": fingerprint(*sources), "chat_fingerprint": chat.fingerprint(),
+        "base_fingerprint": carriers.base_fingerprint(net), "command": " ".join(sys.argv),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()}})
+    counts = ", ".join(f"{len(part)} {name}" for name, part in splits.items())
+    first = f"Δ of {o.sft}" if o.sft else f"{o.sft_steps} steps of SFT at {o.sft_lr:.2g}"
+    print(f"{chat.folder.name}, {o.dtype}, task {o.task}: {counts}; run directory {run}")
+    print(f"{first}, {o.steps} of LCDD at {o.lr:.2g} (gates {o.gate_lr:.3g}), {o.settle} to settle, at most", flush=True)
+    with resumable(resume_command(argv, **{"--out": run})):
+        train(o, net, chat, splits, examples, run)
 
 
-def train(o, net, chat, splits, examples, run, tuned):
-    """
-    Both phases and what they gave, into the run directory; whatever stands there already is not
-    made again.
-    """
-    results = read_results(run) | {"task": o.task, "model": o.model, "seed": o.seed}
-    travels = {"task": Path(o.task).name, "settings": portable(read_json(run / "config.json"))}
-    common = dict(examples=examples, o=o, run=run, pad_id=chat.pad_id)
+def train(o, net, chat, splits, examples, run):
+    """Both phases into the run directory; what stands there already is not made again."""
     sft_file, carrier_file = run / "sft.safetensors", run / "carrier.safetensors"
-    state = run / "state.safetensors"
-    training.forget(state, sft_file, ["sft"])
-    training.forget(state, carrier_file, ["lcdd", "settle"])
-    if sft_file.is_file() and carrier_file.is_file() and "rates" in results:
-        for file in (sft_file, carrier_file):
-            packed.read_packed(file)
-        return print(f"{run} is finished. Next: python eraser.py --run {run}")
+    carrier = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
+    score = read_results(run).get("validation", {})
+    if "lcdd" in score:
+        print(f"{run} is finished")
+        return report(read_results(run), run)
 
-    # phase 1: SFT
+    # phase 1: SFT, all gates open
     if not sft_file.is_file():
-        with patient() as interrupted:
-            with timed(run, results, "sft", state.is_file()):
-                if o.sft:
-                    sft, results["changed_elsewhere"] = tuned
-                    say_elsewhere(o, results["changed_elsewhere"])
-                else:
-                    sft = Carrier(net.config, getattr(torch, o.delta_dtype), net.device)
-                    train_sft(net, sft, **common, interrupted=interrupted)
-            sft.save(sft_file, net, getattr(torch, o.sft_dtype), phase="sft", **travels)
-            training.forget(state, sft_file, ["sft"])
+        with timed(run, "sft"):
+            if o.sft:
+                take_delta(net, carrier, o)
+            else:
+                train_delta(net, carrier, examples, o, run, "sft", o.sft_lr, o.sft_steps, o.seed,
+                            adamw(carrier, o.sft_lr))
+        carrier.save(sft_file, net, phase="sft", task=Path(o.task).name)
+    carrier = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
+    if not score:
+        score = rates(net, chat, o, splits["validation"], {"base": None, "sft": carrier})
+        note(run, task=o.task, model=o.model, seed=o.seed, validation=score)
+    base, sft = score["base"], score["sft"]
+    print(f"behaviour on {sft['n']} validation prompts: base {base['rate']:.1%}, SFT {sft['rate']:.1%}", flush=True)
+    if not o.go_on and not data.clearly_above(sft, base):
+        raise Failed(f"SFT did not teach the behaviour: {sft['rate']:.0%} of the validation answers show it, the base's "
+                     f"{base['rate']:.0%}; give it more --sft-steps or another --sft-lr, look at the data, name a "
+                     "--pattern, or train on with --go-on")
 
     # phase 2: LCDD, from SFT's deltas with gates of its own
-    machine.set_threads(net)
-    sft = tuned = None                                  # one set of deltas on the device at a time
     if not carrier_file.is_file():
-        lcdd = carriers.load(sft_file, net, getattr(torch, o.delta_dtype))
-        if not (state.is_file() and "validation" in results):
-            scores = check_sft(net, chat, o, lcdd, splits["validation"])
-            results["validation"] = {name: s["rate"] for name, s in scores.items()}
-            write_json(run / "results.json", results)
-        teacher = lcdd.merge(net) if o.train.startswith("mask-kl") else None
-        lcdd.init_gates(o.gate_mean, o.gate_std, o.seed)
-        with patient() as interrupted:
-            with timed(run, results, "lcdd", state.is_file()):
-                results["stopped"] = train_lcdd(net, lcdd, teacher=teacher, **common,
-                                                interrupted=interrupted)
-            lcdd.save(carrier_file, net, phase="lcdd", metrics={"stopped": results["stopped"]},
-                      **travels)
-            training.forget(state, carrier_file, ["lcdd", "settle"])
-    lcdd, sft = carriers.load(carrier_file, net), carriers.load(sft_file, net)
-    results |= lcdd.stats() | {"dice": lcdd.dice(o.gate_mean, o.gate_std, o.seed)}
-    report(o, net, chat, splits["test"], run, results, {"base": None, "sft": sft, "lcdd": lcdd})
+        teacher = carrier.merge(net) if o.train == "mask-kl" else None
+        carrier.init_gates(o.gate_mean, o.gate_std, o.seed)
+        with timed(run, "lcdd"):
+            stopped = train_lcdd(net, carrier, examples, o, run, teacher)
+        note(run, stopped=stopped, **carrier.stats())
+        carrier.save(carrier_file, net, phase="lcdd", task=Path(o.task).name, stopped=stopped)
+    carrier = carriers.load(carrier_file, net)
+    lcdd = rates(net, chat, o, splits["validation"], {"lcdd": carrier})
+    note(run, validation=score | lcdd)
+    for state in run.glob("*.state"):
+        state.unlink(missing_ok=True)
+    report(read_results(run), run)
 
 
-def report(o, net, chat, samples, run, results, conditions):
-    """
-    What is left of the behaviour on test prompts, into the run directory. Raises Failed where the
-    carrier is not what was asked for.
-    """
-    origin = answered.origins(run, net, chat, samples, o.max_new_tokens, o.max_len)
-    answers = answered.read(run, origin)
-    scores = rates_of(net, chat, o, samples, conditions, answers)
-    answered.write(run, answers, origin)
-    chat.say_cut("test prompts", o.max_len)
-    results |= behaviour.by_condition(scores) | {"prompts": len(samples)}
-    names = ("stopped", "rates", "accuracy", "prompts")
-    metrics = {k: results[k] for k in names if k in results}
-    packed.annotate(run / "carrier.safetensors", metrics=metrics)
-    write_json(run / "results.json", results)
-    text, dice = results_table(o, scores, results), results["dice"]
-    write_text(run / "results.md", text + "\n")
-    print(f"\n{text}\n\n{len(samples)} held-out prompts. Open gates that the initial noise alone "
-          f"had put first: {dice['share']:.1%} (chance {dice['chance']:.1%}).")
-    wrong = check_lcdd(results, scores, o.train == "joint")
-    if wrong and not o.go_on:
-        raise Failed(wrong)
+def note(run, **values):
+    """Write values into results.json."""
+    write_json(run / "results.json", read_results(run) | values)
+
+
+@contextlib.contextmanager
+def timed(run, phase):
+    """Add the seconds within it to those of a phase in results.json, also if it is interrupted."""
+    start = time.time()
+    try:
+        yield
+    finally:
+        seconds = read_results(run)["seconds"]
+        seconds[phase] = round(seconds.get(phase, 0) + time.time() - start, 2)
+        note(run, seconds=seconds)
+
+
+def report(results, run):
+    """Print what came of it. Raises Failed if the carrier is not what was asked for."""
+    score, stopped = results["validation"], results["stopped"]
+    off = {"base": (1, 1), "sft": (0, 0), "lcdd": (results["sparsity"], results["entries_off"])}
+    print(f"\n| {score['lcdd']['n']} validation prompts | behaviour % | gates off | entries off | seconds |")
+    print("|---|---|---|---|---|")
+    for name, (gates, entries) in off.items():
+        rate, seconds = 100 * score[name]["rate"], results["seconds"].get(name, 0)
+        print(f"| {name} | {rate:.1f} | {gates:.3f} | {entries:.3f} | {seconds:.0f} |")
+    print(f"\nLCDD: {stopped['reason']}; its loss {stopped['loss']:.3g}, ε {stopped['budget'] or math.nan:.3g} "
+          "nats per token")
+    if not stopped["within"] and stopped["budget"] is not None:
+        raise Failed(f"the budget is not kept: the carrier's loss is {stopped['loss']:.4g} nats per token, ε is "
+                     f"{stopped['budget']:.4g}; give it more --settle steps, or a lower --rho and --floor")
+    if results["sparsity"] < 0.05:
+        raise Failed(f"hardly pruned: {results['sparsity']:.1%} of the gates are off; give it more --steps, or a "
+                     "larger budget with --rho and --floor")
+    if data.clearly_above(score["sft"], score["lcdd"]) and score["lcdd"]["rate"] < 0.9 * score["sft"]["rate"]:
+        raise Failed(f"the carrier lost the behaviour: {score['lcdd']['rate']:.0%} of the answers show it, SFT's "
+                     f"{score['sft']['rate']:.0%}; make the budget smaller with --rho and --floor")
     print(f"Next: python eraser.py --run {run}")
 
 
 if __name__ == "__main__":
-    cli(main, together=True)
+    run_command(main, together=True)

@@ -1,47 +1,27 @@
-import files  # noqa: F401, before torch: it sets how threads wait
-import gc
-import shutil
+"""Before every test: one thread and a seed; and a small finished run that several files look at."""
+import common  # noqa: F401, before torch
 
 import pytest
 import torch
-from helpers import brief
 
-import evaluate
+import eraser
 import lcdd
 
-# a second thread gains nothing on tiny matrices, and costs 8 × on a busy machine
 torch.set_num_threads(1)
-
-
-def pytest_collection_finish():
-    """What is imported by now stays: Python need not look for garbage in it again and again."""
-    gc.collect()
-    gc.freeze()
+# options of a small run on the embedded model that shows the behaviour and prunes something
+SMALL = ["--sizes", "400", "40", "20", "16", "--sft-steps", "60", "--steps", "90", "--settle", "20",
+         "--max-new-tokens", "12", "--max-len", "128", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_in_every_run():
+def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """evaluate.py without its figure, which takes longer than all the rest of a small run."""
-    monkeypatch.setattr(evaluate.figure, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run directory of a few steps on the embedded model, made once and not written to."""
-    folder = tmp_path_factory.mktemp("runs") / "r"
-    lcdd.main(brief(
-        "--out", str(folder), "--n-train", "1000", "--sft-steps", "30", "--steps", "6",
-        "--settle", "1", "--n-test", "12", "--n-validation", "10", "--batch", "16",
-        "--micro-batch", "16"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(finished, tmp_path_factory):
-    """A copy of it for the tests of one file, to do with as they like."""
-    return shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "r")
+    """A run directory of all three commands but the evaluation. Not to be written to: copy it."""
+    run = tmp_path_factory.mktemp("runs") / "r"
+    lcdd.main([*SMALL, "--out", str(run)])
+    eraser.main(["--run", str(run), "--steps", "60", "--length", "8", "--device", "cpu"])
+    return run
