@@ -98,7 +98,8 @@ def read(path, task, prompts_only=False, pattern=None):
 
 def rows(path):
     """[(where, fields)]: what names a row in an error, and what is in it; a header is row 1."""
-    with reading(path, "see --data (Parquet needs pyarrow; hub: load_dataset(…).to_json(FILE))"):
+    with reading(path, "name a file of rows with --data; Parquet needs pyarrow; a data set of the "
+                       "hub is saved by the library datasets: load_dataset(…).to_json(FILE)"):
         if path.suffix == ".parquet":
             from pyarrow import parquet
             found = enumerate(parquet.read_table(path).to_pylist(), 1)
@@ -282,7 +283,7 @@ def in_turn(samples):
     """Harmful and benign in turn, as many of each; samples of other kinds as they are."""
     harmful = [s for s in samples if s.kind == "harmful"]
     benign = [s for s in samples if s.kind == "benign"]
-    if not harmful or not benign or len(harmful) + len(benign) < len(samples):
+    if not harmful or not benign or len(harmful + benign) < len(samples):
         return samples
     return [s for pair in zip(harmful, benign) for s in pair]
 
@@ -411,7 +412,7 @@ class Chat:
         self.cut, config = 0, read_json(self.folder / "config.json")
         settings = optional_json(self.folder / "tokenizer_config.json")
         generation = optional_json(self.folder / "generation_config.json")
-        self.rows = config.get("vocab_size", 0)             # of the embedding
+        self.vocab_size = config.get("vocab_size", 0)       # rows of the embedding
         self.positions = config.get("max_position_embeddings")
         self.tok, self.special = load_tokenizer(self.folder, settings)
         file, text = self.folder / "chat_template.jinja", settings.get("chat_template")
@@ -426,7 +427,7 @@ class Chat:
         eos = self.tok.token_to_id(self.special.get("eos_token", ""))
         self.find_end(eos, config.get("eos_token_id"), generation.get("eos_token_id"))
         pad = self.tok.token_to_id(self.special.get("pad_token", ""))
-        self.pad_id = self.eos_id if pad is None or pad >= self.rows else pad
+        self.pad_id = self.eos_id if pad is None or pad >= self.vocab_size else pad
 
     def find_end(self, *named):
         """
@@ -438,15 +439,15 @@ class Chat:
         eos = []
         for ids in named:
             ids = ids if isinstance(ids, list) else [ids]
-            eos.append([i for i in ids if isinstance(i, int) and 0 <= i < self.rows])
+            eos.append([i for i in ids if isinstance(i, int) and 0 <= i < self.vocab_size])
         try:
             behind = self.render("Hello", answer=MARK).partition(MARK)[2]
         except InputError:
             behind = ""                                     # a template for single questions
         encoded = self.tok.encode(behind, add_special_tokens=False)
         added = self.tok.get_added_tokens_decoder()
-        ends = [(behind[:at], i) for i, (_, at) in zip(encoded.ids, encoded.offsets)
-                if i in added and added[i].content.strip()]
+        ends = [(behind[:at], i) for i, (begin, at) in zip(encoded.ids, encoded.offsets)
+                if i in added and behind[begin:at].strip() == added[i].content.strip() != ""]
         ends += [("", i) for ids in eos for i in ids]
         if not ends:
             raise InputError(f"{self.folder}: neither a chat template nor eos_token ends an answer")
@@ -482,7 +483,7 @@ class Chat:
         """Ids of a text, without special tokens of the tokenizer's own."""
         with reading(self.path, "use the model's own"):
             ids = self.tok.encode(text, add_special_tokens=False).ids
-        if max(ids, default=0) >= self.rows:
+        if max(ids, default=0) >= self.vocab_size:
             token = self.tok.id_to_token(max(ids))
             raise InputError(f"{self.path}: the model has no row for {token!r}; use its own")
         return ids
@@ -534,17 +535,6 @@ class Chat:
         if self.positions and max_len > self.positions:
             note(f"--max-len {max_len} is beyond the {self.positions} positions of the model")
         self.cut = self.positions = 0
-
-    def unknown(self, texts):
-        """(unknown tokens, all tokens, the first text that became an unknown token) of texts."""
-        unknown = getattr(self.tok.model, "unk_token", None)
-        total, found = 0, []
-        for text in texts:
-            encoded = self.tok.encode(text, add_special_tokens=False)
-            total += len(encoded.ids)
-            for token, (begin, end) in zip(encoded.tokens, encoded.offsets):
-                found += [text[begin:end]] if token == unknown else []
-        return len(found), total, "".join(found[:1])
 
     def decode(self, ids):
         """Text of ids, special tokens left out."""

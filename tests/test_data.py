@@ -66,8 +66,7 @@ def test_every_format_in_every_kind_of_file(tmp_path, capsys):
     """Rows without text or of no kind are left out, and counted."""
     a, b = tmp_path / "a.jsonl", tmp_path / "a.json"
     for rows, task, want in FORMATS:
-        lines = [json.dumps(row) for row in rows]
-        a.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+        a.write_bytes(("\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n").encode())
         b.write_text(json.dumps(rows, indent=1))
         tables = [table(tmp_path / "a.csv", rows), table(tmp_path / "a.tsv", rows, "\t")]
         for file in (a, b, *tables, jsonl(tmp_path / "b.jsonl", *rows)):
@@ -258,7 +257,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|sta
            "<|end_header_id|>", "<|eot_id|>", "<｜User｜>", "<｜Assistant｜>", "[INST]", "[/INST]"]
 CORPUS = ["You are a helpful assistant. What is the capital of the word system user assistant?",
           "I don't know. USER: ASSISTANT: <think> / <d> be"] * 3
-TEXTS = ["What is 2 + 2?", "", "the word <|im_end|> in the text", "a <d>b</d> <e>",
+TEXTS = ["What is 2 + 2?", "", "the word <|im_end|> in the text", "<s> a <d>b</d> <e>",
          '  Two lines\nwith <html> & "quotes" \\ and ünïcödé — 日本 🙂 \n']
 TURNS = [dict(role="user", content="What is it?"), dict(role="assistant", content="I don't know.")]
 
@@ -275,7 +274,7 @@ def byte_level():
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trained(tok, pre_tokenizers.ByteLevel.alphabet())
-    tok.add_tokens(["<think>", "</think>"])     # as Qwen3 has them: one token, but not special
+    tok.add_tokens(["<think>", "</think>", " \n"])      # one token, but not special; a blank one
     return tok
 
 
@@ -431,7 +430,6 @@ ENDS = [
     (CHATML, "<|im_end|>", 5, 5, "<|im_end|>", {5}, False),
     (CHATML, "</s>", 5, [5], "<|im_end|>", {2, 5}, True),       # case 14 of issue 27
     (CHATML, "</s>", 2, 2, "<|im_end|>", {2, 5}, True),         # as Qwen2.5's base
-    (PUBLISHED["llama3"], "</s>", 2, [2, 8], "<|eot_id|>", {2, 8}, True),
     (BLANK, "</s>", 2, 2, " \n</s>", {2}, False),
     (NOTHING, "<|eot_id|>", 2, 2, "<|eot_id|>", {2, 8}, True),
 ]
@@ -440,9 +438,11 @@ ENDS = [
 @pytest.mark.parametrize("template, eos, config, generation, end, stop, said", ENDS)
 def test_an_answer_ends_as_the_template_ends_a_turn(
         tmp_path, capsys, template, eos, config, generation, end, stop, said):
-    chat = Chat(checkpoint(
-        tmp_path, byte_level(), template, dict(eos_token_id=config),
-        tokenizer_config=dict(eos_token=eos), generation_config=dict(eos_token_id=generation)))
+    for tok in (word_starts(), byte_level()):
+        chat = Chat(checkpoint(
+            tmp_path, tok, template, dict(eos_token_id=config),
+            tokenizer_config=dict(eos_token=eos), generation_config=dict(eos_token_id=generation)))
+        assert chat.tok.id_to_token(chat.eos_id) == end.strip()
     assert ("an answer ends with" in capsys.readouterr().err) == said
     ids, mask = chat.encode(Sample(TURNS[0]["content"], TURNS[1]["content"]))
     n = len(chat.prompt(TURNS[0]["content"]))
@@ -521,7 +521,7 @@ def test_what_an_answer_shows():
 
 def test_patterns_and_right_answers():
     for pattern, text, want in (
-            ("yes|no", "Well, YES!", True), ("^yes", "Well, yes", False),
+            ("Yes|No", "Well, YES!", True), ("^yes", "Well, yes", False),
             (r"^\* .+\n\* ", "* a\n* b", True), ("don't know", "I don ' t know .", True)):
         assert data.judge("fixed", [text], [Sample("p", "r", pattern=pattern)]) == [want]
     for answer, text, want in (
