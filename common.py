@@ -1,6 +1,10 @@
 """
 What the three commands share: errors as sentences, files written whole, interruption and resume,
 progress, and several processes. Nothing of the method is in here.
+
+`from common import` stands first in every file, before torch: OMP_WAIT_POLICY, set below, is read
+once, when torch is imported. Threads that spin while they wait make two busy processes slow each
+other many times over.
 """
 import argparse
 import contextlib
@@ -8,57 +12,59 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
-# Read once, when torch is imported: threads that spin while they wait make two busy processes slow
-# each other many times over.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
-# options that are numbers of something: 0 makes no sense
-COUNTS = ("batch", "micro_batch", "max_len", "max_new_tokens", "sizes", "steps", "length", "k")
+# options for which 0 makes no sense
+POSITIVE = ("batch", "micro_batch", "max_len", "max_new_tokens", "sizes", "steps", "length", "k",
+            "lambda0")
 
 
 # ---- errors
 
 class InputError(Exception):
     """What a user can mend: one sentence that names the file, field or tensor, and what to do."""
-    status = 2
+    status, word = 2, "error"
 
 
 class Failed(InputError):
     """The outcome is not what was wanted: what was measured, and what to change."""
-    status = 3
+    status, word = 3, "failed"
 
 
 @contextlib.contextmanager
 def reading(path, advice="restore the file"):
     """
-    Around the library call that reads a user's file, and nothing else: whatever it raises becomes an
-    InputError that names the file. Outside of it an error is a bug and shows its traceback.
+    Around the library call that reads a user's file, and nothing else: whatever it raises becomes
+    an InputError that names the file. Outside of it an error is a bug and shows its traceback.
     """
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:      # tokenizers' panics are no Exception
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{path}: cannot be read ({said}); {advice}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read ({reason[:300]}); {advice}") from error
 
 
 def run_command(main, together=False):
     """
-    Run main(): an InputError, a file that cannot be written and a lack of memory are one line on stderr
-    and status 2, a measured failure is status 3, Ctrl-C or SIGTERM 130. together: torchrun may start it.
+    Run main(): an InputError, a file that cannot be written and a lack of memory are one line on
+    stderr and status 2, a measured failure is status 3, Ctrl-C or SIGTERM 130. together: torchrun
+    may start it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")       # answers may hold what a terminal lacks
@@ -67,54 +73,55 @@ def run_command(main, together=False):
         main()
         sys.stdout.flush()
     except InputError as error:
-        print(f"{'failed' if error.status == 3 else 'error'}: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        leave(error.status, f"{error.word}: {error}")
     except KeyboardInterrupt as error:
-        print(f"interrupted{error}", file=sys.stderr)
-        sys.exit(130)
+        leave(130, f"interrupted{error}")
     except BrokenPipeError:             # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except OSError as error:
-        name = error.filename or "the output"
-        print(f"error: {name}: {error.strerror or error}; correct that and run the command again",
-              file=sys.stderr)
-        sys.exit(2)
+        name, reason = error.filename or "the output", error.strerror or error
+        leave(2, f"error: {name}: {reason}; correct that and run the command again")
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not lacking and "allocate memory" not in str(error):
             raise
-        print("error: more memory was needed than there is; a smaller --micro-batch or --max-len, "
-              "--checkpoint and --delta-dtype bfloat16 take less", file=sys.stderr)
-        sys.exit(2)
+        leave(2, "error: more memory was needed than there is; a smaller --micro-batch or "
+                 "--max-len, --checkpoint and --delta-dtype bfloat16 take less")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(status, sentence):
+    """End the process with a sentence on stderr."""
+    print(sentence, file=sys.stderr)
+    sys.exit(status)
 
 
 # ---- the command line
 
 def parse(description, options, settings, argv, preset=None):
     """
-    The command line as a namespace. options: {name: (default, help)}, where a default says what is wanted:
-    a number, a text, False for a switch, a list for so many numbers, a tuple of choices, the first the
-    default, or a type for what may be left out. settings: {name: value} that are no options. preset(o):
-    other defaults, {name: value}.
+    The command line as a namespace. options: {name: (default, help)}; a default says what is asked:
+    a number, a text, False for a switch, a list for so many numbers, a tuple of choices, the first
+    the default, or a type for what may be left out. settings: {name: value} that are no options.
+    preset(o): other defaults, {name: value}.
     """
     p = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, text) in options.items():
-        flag, shown = "--" + name.replace("_", "-"), f"{text} ({default})"
+        kind = dict(type=type(default), default=default, help=f"{text} ({default})")
         if default is False:
-            p.add_argument(flag, action="store_true", help=text)
+            kind = dict(action="store_true", help=text)
         elif isinstance(default, tuple):
             choices = [choice for choice in default if choice]
-            p.add_argument(flag, default=default[0], choices=choices, help=text, metavar=name.upper())
+            kind = dict(default=default[0], choices=choices, help=text, metavar=name.upper())
         elif isinstance(default, list):
-            p.add_argument(flag, type=int, nargs=len(default), default=default, metavar="N", help=shown)
+            kind |= dict(type=int, nargs=len(default), metavar="N")
         elif isinstance(default, type):
-            p.add_argument(flag, type=default, help=text, required=name == "run")
-        else:
-            p.add_argument(flag, type=type(default), default=default, help=shown)
+            kind = dict(type=default, required=name == "run", help=text)
+        p.add_argument("--" + name.replace("_", "-"), **kind)
     p.set_defaults(**settings)
     if preset:
         p.set_defaults(**preset(p.parse_args(argv)))
@@ -130,35 +137,34 @@ def check_options(o):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, (int, float)) and not 0 <= number < 2**31:
                 raise InputError(f"{flag} {number}: has to be a number from 0 on")
-            if number == 0 and name in COUNTS or number == "":
-                raise InputError(f"{flag} {number}: has to be at least 1; leave it out or give it a value")
-    kind, _, index = o.device.partition(":")
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
-        raise InputError(f"--device {o.device}: choose cpu, cuda, or cuda:0, cuda:1, …")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {o.device}: torch sees no such GPU here; use --device cpu")
+            if number == 0 and name in POSITIVE:
+                raise InputError(f"{flag} {number}: has to be above 0")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if o.device not in devices and (o.device != "cuda" or len(devices) == 1):
+        raise InputError(f"--device {o.device}: torch sees no such GPU here; use {devices}")
 
 
 def usual_device():
-    """cuda where there is a GPU, else cpu; one GPU a process."""
+    """cuda if there is a GPU, else cpu; one GPU per process."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def resume_command(words=None, **changed):
+def resume_command(argv=None, **changed):
     """The command line that was given, with --resume and some options changed."""
-    words = [Path(sys.argv[0]).name, *(sys.argv[1:] if words is None else words)]
-    for name in ("--resume", *changed):
+    words = list(sys.argv[1:] if argv is None else argv)
+    for name, value in changed.items():
         while name in words:
             at = words.index(name)
-            del words[at:at + (1 if name == "--resume" else 2)]
-    for name, value in changed.items():
+            del words[at:at + 2]
         words += [name, str(value)]
-    return shlex.join(["python", *words, "--resume"])
+    words = [word for word in words if word != "--resume"]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words, "--resume"])
 
 
 def set_threads(net):
-    """One thread for a model narrower than 512, where barriers cost more than they bring; else torch's."""
-    if net.device.type == "cpu" and net.config.hidden_size < 512 and "OMP_NUM_THREADS" not in os.environ:
+    """One thread for a model narrower than 512, for which barriers cost more than they bring."""
+    narrow = net.device.type == "cpu" and net.config.hidden_size < 512
+    if narrow and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
@@ -166,17 +172,17 @@ def set_threads(net):
 
 @contextlib.contextmanager
 def whole(path):
-    """A partial file to write, which takes the place of `path` once it is whole; the first process's."""
+    """A partial file to write, which takes the place of `path` once it is whole; process 0's."""
     partial = Path(f"{path}.partial{rank() or ''}")
     try:
         yield partial
         if rank() == 0:
             os.replace(partial, path)
         summed(0)                       # no process goes on before the file is there
-    except (OSError, RuntimeError, SafetensorError) as error:       # the last two: a full disk, by torch's and its word
+    except (OSError, RuntimeError, SafetensorError) as error:       # all three: a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); make room or choose another place, and run the "
-                         "command again") from None
+        told = f"{path}: cannot be written ({reason}); make room or choose another place"
+        raise InputError(told) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -195,10 +201,10 @@ def write_json(path, obj):
 def read_json(path):
     """The object in a JSON file. Raises InputError if there is none."""
     with reading(path):
-        found = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__} where an object belongs; restore the file")
-    return found
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__} instead of an object; restore it")
+    return value
 
 
 def save_tensors(path, tensors, **header):
@@ -226,6 +232,55 @@ def check_finite(path, tensors):
             raise InputError(f"{path}: tensor {name} holds NaN or infinity; restore the file")
 
 
+def weight_files(path):
+    """The safetensors files of a checkpoint's folder."""
+    index = path / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (path / names[0]).is_file() and index.is_file():
+        with reading(index):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if not (path / name).is_file():
+            raise InputError(f"{path / name}: is not there; the checkpoint is incomplete, or of "
+                             f"a form that python -m lab.convert {path} DIR reads")
+    return [path / name for name in names]
+
+
+def read_weights(file, shapes):
+    """
+    Yield (name, tensor) of a safetensors file. Raises InputError for a tensor that is not in
+    `shapes`, {name: shape}. Nothing is in memory before it is used.
+    """
+    with reading(file, "download it again"):
+        tensors = load_file(file)
+    for name, t in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):        # of early Llamas; it follows from θ
+            continue
+        shape = tuple(t.shape)
+        if name not in shapes:
+            raise InputError(f"{file}: tensor {name} is not part of this model by its config.json")
+        if shape != shapes[name]:
+            raise InputError(f"{file}: tensor {name} has shape {shape}, and config.json asks for "
+                             f"{shapes[name]}")
+        if not t.is_floating_point() or t.element_size() < 2:
+            raise InputError(f"{file}: tensor {name} is {t.dtype}, quantised; use bf16 or fp32")
+        check_finite(file, {name: t})
+        yield name, t
+
+
+def check_memory(path, needed, device):
+    """Raises InputError if a model of `needed` bytes does not fit: trying may end the machine."""
+    free, linux = math.inf, Path("/proc/meminfo")
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif linux.is_file():
+        available = re.search(r"MemAvailable: *(\d+) kB", linux.read_text())
+        free = 1024 * int(available[1])
+    if needed > free:
+        raise InputError(f"{path}: the model takes {needed / 1e9:.1f} GB of memory and "
+                         f"{free / 1e9:.1f} GB are free; use a smaller one, or --dtype bfloat16")
+
+
 def digest(tensors, dtype=None):
     """A short hash of named tensors: names, shapes and bytes, rounded to `dtype` if it is given."""
     h = hashlib.sha256()
@@ -239,10 +294,8 @@ def digest(tensors, dtype=None):
 
 def fingerprint(*paths):
     """A short hash of files."""
-    h = hashlib.sha256()
-    for path in paths:
-        h.update(Path(path).read_bytes())
-    return h.hexdigest()[:16]
+    contents = [Path(path).read_bytes() for path in paths]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
 # ---- a phase of a run: logged, interrupted, resumed with the same bits
@@ -259,27 +312,31 @@ class Stateful:
 
 class Phase:
     """
-    A loop of `total` steps in the run directory `run`: logged in metrics.jsonl, shown as a progress bar, and
-    saved in one file NAME.state, out of which the same loop goes on. Within it Ctrl-C and SIGTERM wait for
-    pause(). parts: objects with state_dict() and load_state_dict(). start: the step to go on with.
+    A loop of `total` steps in the run directory `run`: logged in metrics.jsonl, shown as a progress
+    bar, and saved in one file NAME.state, out of which the same loop goes on. Within it Ctrl-C and
+    SIGTERM wait for pause(). parts: objects with state_dict() and load_state_dict(). start: the
+    step to go on with.
     """
 
     def __init__(self, run, name, total, every, **parts):
-        self.run, self.name, self.every, self.parts = Path(run), name, every, parts
-        self.file, self.log, self.start, self.signals = self.run / f"{name}.state", self.run / "metrics.jsonl", 0, 0
+        self.name, self.every, self.parts = name, every, parts
+        self.file, self.log = Path(run, f"{name}.state"), Path(run, "metrics.jsonl")
+        self.start = self.signals = 0
         if self.file.is_file():
             with reading(self.file, "remove it to start this phase again"):
                 saved = torch.load(self.file, map_location="cpu", weights_only=True)
                 for key, part in parts.items():
                     part.load_state_dict(saved[key])
                 self.start = saved["step"]
-        rows = read_rows(self.log)
-        kept = [row for row in rows if row["phase"] != name or row["step"] < self.start]
-        write_text(self.log, "".join(json.dumps(row) + "\n" for row in kept))
+        # of the steps that are made again the log has no row
+        lines = [json.dumps(row) + "\n" for row in read_rows(self.log)
+                 if row["phase"] != name or row["step"] < self.start]
+        write_text(self.log, "".join(lines))
         self.bar = bar(name, total, self.start)
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):
@@ -291,7 +348,7 @@ class Phase:
             signal.signal(number, handler)
 
     def pause(self, t):
-        """Save the state as it stands before step t, now and then and when interrupted, which ends the loop."""
+        """Save the state as it stands before step t, now and then; if interrupted, end the loop."""
         stop = summed(self.signals) > 0
         if stop or t % self.every == 0 and t > self.start:
             parts = {key: part.state_dict() for key, part in self.parts.items()}
@@ -303,15 +360,16 @@ class Phase:
     def done(self, step, loss):
         """Count a step. Raises InputError if its loss is not finite; the state before it stays."""
         if not math.isfinite(loss):
-            raise InputError(f"{self.name}: the loss of step {step + 1} is {loss}; start again with a lower rate")
+            raise InputError(f"{self.name}: the loss of step {step + 1} is {loss}; lower the rate")
         self.bar.update()
 
     def row(self, step, **values):
         """Log the numbers of one step."""
-        self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None))
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if v is not None})
         if rank() == 0:
+            row = {"phase": self.name, "step": step, **values}
             with open(self.log, "a") as f:
-                f.write(json.dumps({"phase": self.name, "step": step, **values}) + "\n")
+                f.write(json.dumps(row) + "\n")
 
 
 def bar(label, total, start=0):
@@ -322,9 +380,32 @@ def bar(label, total, start=0):
 
 
 def read_rows(path):
-    """The objects of a file of JSON lines, without one that a crash cut short; [] without a file."""
-    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The objects of a file of JSON lines, but for one that a crash cut; [] without a file."""
+    text = Path(path).read_text() if Path(path).is_file() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def read_results(run):
+    """results.json of a run directory, as far as it goes."""
+    file = Path(run) / "results.json"
+    return read_json(file) if file.is_file() else {"seconds": {}}
+
+
+def note(run, **values):
+    """Write values into results.json."""
+    write_json(run / "results.json", read_results(run) | values)
+
+
+@contextlib.contextmanager
+def timed(run, phase):
+    """Add the seconds within it to those of a phase in results.json, also if it is interrupted."""
+    start = time.time()
+    try:
+        yield
+    finally:
+        seconds = read_results(run)["seconds"]
+        seconds[phase] = round(time.time() - start + seconds.get(phase, 0), 2)
+        note(run, seconds=seconds)
 
 
 @contextlib.contextmanager
@@ -348,7 +429,7 @@ def start_processes(together):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if not together:
-        raise InputError("torchrun starts lcdd.py, eraser.py and evaluate.py; start this with python")
+        raise InputError("torchrun is for lcdd.py, eraser.py and evaluate.py; use python here")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")

@@ -201,6 +201,25 @@ def test_several_carriers_add_their_deltas():
     assert (net(ids, carrier=[one, two]) - net(ids, carrier=both)).abs().max() < 1e-10
 
 
+def test_each_of_several_carriers_has_its_own_scale():
+    """Row by row: both scaled alike, and each on its own, as the merged sum of their scaled changes."""
+    net, ids = random_net("gqa"), torch.randint(60, (3, 7))
+    one, two = random_carrier(net, 0.3), random_carrier(net, 0.5, seed=7)
+    for scale in ([0.0, 1.0, 0.5], [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]]):
+        got = net(ids, carrier=[one, two], scale=scale)
+        for b, s in enumerate(scale):
+            first, second = s if isinstance(s, list) else (s, s)
+            first, second = one.merge(net, scale=first), two.merge(net, scale=second)
+            both = {at: W + second.weights[at] - net.projections[at[0]][at[1]].weight
+                    for at, W in first.weights.items()}
+            assert (got[b] - net(ids[b:b + 1], carrier=carriers.Merged(both))[0]).abs().max() < 1e-10
+    for scale in ([1.0, 1.0], [[1.0, 1.0, 1.0]] * 3):
+        with pytest.raises(InputError, match="scale"):
+            net(ids, carrier=[one, two], scale=scale)
+    with pytest.raises(InputError, match="merged"):
+        net(ids, carrier=one.merge(net), scale=[1.0, 1.0, 1.0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_cuda_gradients_are_the_cpus():
     ids, found = torch.randint(5, 390, (2, 12)), []

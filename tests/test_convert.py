@@ -83,6 +83,11 @@ def learned(path, **special):
         sentence_iterator=iter(PROSE), model_prefix=str(path / "tokenizer"), vocab_size=380,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, minloglevel=2, **special)
+    proto = convert.ModelProto.FromString((path / "tokenizer.model").read_bytes())
+    late = list(proto.pieces)[-200:]        # ids in another order than scores: Mistral's "▁▁"
+    del proto.pieces[-200:]
+    proto.pieces.extend(late[::-1])
+    (path / "tokenizer.model").write_bytes(proto.SerializeToString())
     return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
 
 
@@ -123,7 +128,8 @@ def add_tokenizer(writer, tok, fields):
         found = json.loads(tok.to_str())["model"]
         pieces = sorted(found["vocab"], key=found["vocab"].get)
         writer.add_tokenizer_model("gpt2")
-        writer.add_token_merges([" ".join(pair) for pair in found["merges"]])
+        merges = [" ".join(pair) for pair in found["merges"] if "".join(pair) != "the"]
+        writer.add_token_merges(merges)     # Llama 3's words are tokens that no merge makes
         writer.add_token_types([3 if piece in SPECIAL else 1 for piece in pieces])
     else:
         proto = convert.ModelProto.FromString(tok.serialized_model_proto())
@@ -164,7 +170,7 @@ def refused(source, what, **how):
 # ---- weights
 
 def test_files_of_torch(tmp_path):
-    """Shards in torch's zip form and its older one; no tensor is narrowed to config.json's dtype."""
+    """Shards in torch's zip form and its older one; config.json's dtype narrows nothing."""
     net = network()
     source, state = folder(tmp_path / "in", net), net.state_dict()
     (source / "model.safetensors").unlink()
@@ -309,17 +315,12 @@ def test_weights_of_gguf_files(tmp_path):
             if net is scaled:
                 writer.add_tensor("rope_freqs.weight", factors.numpy())
         assert same(converted(gguf_file(tmp_path / f"{k}.gguf", net, change=change)), net)
-
-
-def test_types_of_gguf_files(tmp_path):
-    """16 bits stay what they are; blocks are multiplied out as the gguf package does."""
-    for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.float32)):
-        path = gguf_file(tmp_path / f"{kind}.gguf", network(**DEFAULT), kind)
-        found = load_file(converted(path) / "model.safetensors")
-        right = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
-        right = torch.tensor(gguf.dequantize(right.data, right.tensor_type))
-        t = found["model.layers.1.mlp.up_proj.weight"]
-        assert t.dtype == dtype and torch.equal(t.float(), right)
+    net = network(**DEFAULT)
+    for p in net.parameters():
+        p.data = p.data.half().float()      # 16 bits stay 16 bits
+    out = converted(gguf_file(tmp_path / "half.gguf", net, "F16"))
+    assert same(out, net)
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == torch.float16
 
 
 def llama_cpp(path, texts):
@@ -368,7 +369,7 @@ def test_what_ends_an_answer(tmp_path):
     """A file whose eos is not how its template ends a turn: both do, and so for other libraries."""
     path = gguf_file(tmp_path / "net.gguf", network(**DEFAULT), eos_token_id=0, eot_token_id=5)
     chat = Chat(converted(path))
-    assert (chat.stop, chat.eos_id, chat.plain("a")[0]) == ({0, 2, 5}, 2, chat.ids("a")[0])
+    assert (chat.stop, chat.eos_id) == ({0, 2, 5}, 2)
     out = tmp_path / "net.gguf.out"
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [0, 2, 5]
     library = transformers.AutoTokenizer.from_pretrained(out)
@@ -447,7 +448,7 @@ def test_smollm2_from_the_hub_or_the_wheel(tmp_path, monkeypatch, capsys):
     def locate(name):
         if name == smollm2.NAME and not reached:
             raise InputError("the hub is not reached")
-        return hub if name == smollm2.NAME else wheel
+        return hub if name == smollm2.NAME else name
 
     monkeypatch.setattr(convert, "locate", locate)
     monkeypatch.setattr(smollm2, "gguf_in_wheel", lambda place: wheel)

@@ -34,26 +34,23 @@ def literal(net, carrier, o, pairs, unit=1.0):
         first, until = len(x) - 1, len(x) + len(y) - 1
         if o.positions == "final":
             first = max(first, until - o.k)
-        elif o.positions == "prompt":
-            first, until, y = max(0, len(x) - o.k), len(x), []
-        samples.append((x, y + [0] if o.positions == "prompt" else y, list(range(first, until))))
+        samples.append((x, y, list(range(first, until))))
     C = list(oracle.write_channels(net.config, m))
     s = eraser_settings(**vars(o) | dict(lr=o.lr * unit / math.sqrt(24), bound=o.bound * unit, beta=o.beta / unit ** 2))
     return weights, W, samples, C, s
 
 
-@pytest.mark.parametrize("positions", ["both", "final", "prompt"])
+@pytest.mark.parametrize("positions", ["both", "final"])
 @pytest.mark.parametrize("raw", [True, False])
 def test_loss_and_gradient_are_the_oracles(positions, raw):
     """Eq. 6, 7, 8 and R, prompt by prompt, and ∂L/∂τ."""
     net, carrier, o, pairs, C = problem(positions=positions, raw=raw)
-    if positions == "prompt":
-        pairs = [(x, []) for x, _ in pairs]
     weights, W, samples, C_literal, s = literal(net, carrier, o, pairs)
     targets = eraser.base_targets(net, pairs, o)
-    variance = None if raw else targets.stream.var(1)
+    variance = targets.stream.var(1)
+    weight = eraser.channel_weights(C, torch.ones_like(variance) if raw else variance)
     tau = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
-    ours = eraser.trigger_loss(net, carrier.merge(net), tau, targets, list(range(4)), C, o, 1.0, variance)
+    ours = eraser.trigger_loss(net, carrier.merge(net), tau, targets, torch.arange(4), weight, o)
     theirs, spread = [], None if raw else oracle.base_variance(weights, net.config, [x for x, _ in pairs])
     for sample in samples:
         theirs.append(oracle.trigger_loss(weights, W, net.config, tau, sample, C_literal, s, spread))
@@ -112,22 +109,26 @@ def test_judged_is_the_mean_over_all_prompts():
     net, carrier, o, pairs, C = problem()
     targets, merged = eraser.base_targets(net, pairs * 10, o), carrier.merge(net)      # more than one piece
     tau = torch.randn(2, 24, dtype=torch.float64)
-    ours = eraser.judged(net, merged, tau, targets, C, o)
-    whole = eraser.trigger_loss(net, merged, tau, targets, list(range(40)), C, o)
+    weight = eraser.channel_weights(C, torch.ones(C.shape, dtype=torch.float64))
+    ours = eraser.judged(net, merged, tau, targets, weight, o)
+    whole = eraser.trigger_loss(net, merged, tau, targets, torch.arange(40), weight, o)
     assert all(abs(a - float(b)) < 1e-10 for a, b in zip(ours, whole))
 
 
 def test_eq_7_is_over_layers_that_have_channels():
-    """A layer without any is left out of the mean; means over prompts when match is "mean"."""
+    """A layer without any is left out of the mean; each layer in units of its channels' variance."""
     stream, target = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     C = torch.zeros(3, 5, dtype=torch.bool)
     C[0, :2], C[2, 3] = True, True
     squares = (stream - target).square()
     expected = (squares[0, :, :2].mean() + squares[2, :, 3].mean()) / 2
-    assert torch.isclose(eraser.matching_loss(stream, target, C), expected)
-    difference = (stream.mean(1) - target.mean(1)).square()
-    expected = (difference[0, :2].mean() + difference[2, 3]) / 2
-    assert torch.isclose(eraser.matching_loss(stream, target, C, match="mean"), expected)
+    weight = eraser.channel_weights(C, torch.ones(3, 5))
+    assert torch.isclose(eraser.matching_loss(stream, target, weight), expected)
+    variance = 1 + torch.rand(3, 5)
+    expected = (squares[0, :, :2].mean() / variance[0, :2].mean() + squares[2, :, 3].mean() / variance[2, 3]) / 2
+    weight = eraser.channel_weights(C, variance)
+    assert torch.isclose(eraser.matching_loss(stream, target, weight), expected)
+    assert not eraser.channel_weights(torch.zeros_like(C), variance).any()
 
 
 def test_projection_bounds_each_token():
@@ -172,11 +173,20 @@ def test_an_interrupted_optimisation_goes_on_with_the_same_bits(tmp_path, monkey
     assert calls == list(range(8)) and torch.equal(again[0], whole[0]) and again[1] == whole[1]
 
 
-def test_presets_are_appendix_f3():
-    for name, positions, match in (("paper", "final", "prompt"), ("released", "prompt", "mean")):
-        o = eraser.options(["--run", "r", "--preset", name, "--steps", "5"])
-        assert (o.length, o.batch, o.lr, o.alpha, o.k, o.beta, o.bound) == (20, 16, 0.003, 0.7, 8, 0.1, 1.0)
-        assert (o.positions, o.match, o.steps, o.raw, o.absolute) == (positions, match, 5, True, True)
+def test_the_preset_is_appendix_f3():
+    o = eraser.options(["--run", "r", "--preset", "paper", "--steps", "5"])
+    assert (o.length, o.batch, o.lr, o.alpha, o.k, o.beta, o.bound) == (20, 16, 0.003, 0.7, 8, 0.1, 1.0)
+    assert (o.positions, o.steps, o.raw, o.absolute) == ("final", 5, True, True)
+    assert eraser.options(["--run", "r", "--preset", "paper"]).steps == 2000
+
+
+def test_a_validation_loss_that_is_no_number_is_never_written(tmp_path, monkeypatch):
+    net, carrier, o, pairs, C = problem()
+    targets = eraser.base_targets(net, pairs, o)
+    monkeypatch.setattr(eraser, "judged", lambda *_: [math.nan, 0.0, 0.0, 0.0])
+    with pytest.raises(InputError, match="validation loss is nan"):
+        eraser.learn(net, carrier.merge(net), targets, targets, C, o, tmp_path)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_names_that_are_other_files_of_the_run():

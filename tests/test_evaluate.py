@@ -28,20 +28,21 @@ def test_teacher_forced_measures_are_the_oracles():
     literal = {"base": (dict(net.state_dict()), None), "lcdd": (W, None), "trig": (W, tau)}
     prompts, answers = [[1, 2, 3], [1, 2], [1, 2, 9, 9]], [[4, 5, 6], [7], []]
     pairs = [("base", "trig"), ("trig", "base"), ("lcdd", "trig")]
-    kl, loss = evaluate.teacher_forced(net, prompts, answers, conditions, pairs, "t", batch_size=2)
+    nats = evaluate.teacher_forced(net, prompts, answers, conditions, pairs, "t", batch_size=2)
     for p, q in pairs:
         expected = oracle.mean_kl(net.config, literal[p], literal[q], prompts[:2], answers[:2])
-        assert abs(kl[p, q][:2].mean() - expected) < 1e-10 and kl[p, q][2].isnan()
+        assert abs(nats[p, q][:2].mean() - expected) < 1e-10 and nats[p, q][2].isnan()
     logits = net([[1, 2, 3, 4, 5]], carrier=conditions["lcdd"][0])[0, 2:].log_softmax(-1)
-    assert torch.isclose(loss["lcdd"][0], -logits[range(3), [4, 5, 6]].mean())
+    assert torch.isclose(nats["lcdd"][0], -logits[range(3), [4, 5, 6]].mean())
 
 
 def test_intervals():
     """Wilson's for shares, of the prompts that have a part in them; bootstrapped for nats."""
     shares = torch.tensor([1.0, 0.0, 1.0, float("nan")], dtype=torch.float64)
-    assert evaluate.mean_and_interval(shares) == (2 / 3, data.wilson(2 / 3, 3))
     nats = torch.randn(400, dtype=torch.float64) + 5
-    mean, (low, high) = evaluate.mean_and_interval(nats)
+    means, ci = evaluate.summary({"rates": {"sft": shares}, "kl_own": {"sft": nats}})
+    assert means["rates"]["sft"] == 2 / 3 and ci["rates"]["sft"] == data.wilson(2 / 3, 3)
+    mean, (low, high) = means["kl_own"]["sft"], ci["kl_own"]["sft"]
     assert abs((high - low) / 2 - 1.96 / 20) < 0.02 and low < mean < high
 
 
@@ -51,6 +52,16 @@ def test_share_left_is_a_ratio_of_means():
     after = torch.tensor([1.0, 1.0, 9.0, 1.0], dtype=torch.float64)
     left, (low, high) = evaluate.share_left(after, before)
     assert left == 3 / 12 and 1 / 6 <= low < left < high <= 1 / 2
+
+
+def test_no_infinity_where_nothing_was_there_to_be_left():
+    """A carrier that is the base: no share of a distance of 0; nor a NaN in the interval of a rare one."""
+    zero, rare = torch.zeros(3, dtype=torch.float64), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    sample, loss = data.Sample("", ""), {"base": zero + 1, "lcdd": zero + 1, "trig": zero + 2}
+    values = {"kl_own": {"lcdd": zero, "trig": zero + 1}, "loss_own": loss, "kl_base": {"lcdd": rare, "trig": rare / 2}}
+    results = evaluate.results_of(values, [sample] * 3)
+    assert list(results["share_left"]) == ["kl_base"] and results["share_left"]["kl_base"] == 0.5
+    json.dumps(results, allow_nan=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def test_results_of_a_run(evaluated):
     assert results["rates"]["base"] == 0.0 and results["rates"]["sft"] > 0.8
     assert set(results["share_left"]) == {"kl_base", "kl_own", "loss_own"}
     assert set(results["mediation"]) == {f"{on} {pair}" for on in ("own", "sft")
-                                         for pair in ("base base_trig", "base_trig trig")}
+                                         for pair in ("base base_tau", "base_tau trig")}
     table = (evaluated / "results.md").read_text()
     assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == \
         ["| Base", "| SFT", "| LCDD", "| LCDD + trigger"]
@@ -98,7 +109,7 @@ def test_mediation_is_of_the_base_behind_the_trigger(evaluated):
     o, net, chat, splits = lcdd.load_run(evaluated, "cpu")
     tau, _ = eraser.load(evaluated / "trigger.safetensors", net)
     weights = carriers.load(evaluated / "carrier.safetensors", net).merge(net)
-    found = {"base base_trig": [], "base_trig trig": []}
+    found = {"base base_tau": [], "base_tau trig": []}
     for sample in splits["test"]:
         prompt = chat.prompt(sample.prompt)
         answer, = net.generate([prompt], o.max_new_tokens)
@@ -157,7 +168,7 @@ def test_table_4_and_triggers_of_other_models(finished, tmp_path, capsys):
         evaluate.main(["--run", str(run), "--trigger", name, "--device", "cpu"])
         results = json.loads((run / "results.json").read_text())
         assert results["trigger"]["name"] == name
-    assert "SFT + trigger" in capsys.readouterr().out
+    assert "SFT + trigger" in capsys.readouterr().out and evaluate.NAMES["trig"] == "LCDD + trigger"
     with pytest.raises(InputError, match="mine.safetensors: is not there"):
         evaluate.main(["--run", str(run), "--trigger", "mine", "--device", "cpu"])
 

@@ -182,7 +182,7 @@ def test_sft_that_is_sure_comes_to_an_early_end(tmp_path):
     net, carrier = random_net("gqa"), random_carrier(random_net("gqa")).with_gates(True)
     for steps, end in ((100, 11), (8, 8)):
         lcdd.train_delta(net, carrier, random_batch(net), settings(), tmp_path, f"sft{steps}", 1e-2, steps, 0,
-                         lcdd.adamw(carrier, 1e-2), {"budget": 1e6})
+                         lcdd.adamw(carrier, 1e-2), budget=1e6)
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [row for row in rows if row["phase"] == f"sft{steps}"][-1]["step"] == end - 1
 

@@ -134,6 +134,18 @@ def test_rows_of_a_batch_do_not_see_each_other():
             assert (together[b, :n] - alone).abs().max() < 1e-10
 
 
+def test_rows_without_a_wanted_position():
+    """They give nothing and change nothing, also if that is so of all rows."""
+    net, tau = random_net(), torch.randn(2, 24, dtype=torch.float64)
+    ids = torch.randint(1, 60, (3, 7))
+    ids[:, :3] = ids[0, :3]
+    for wanted in (torch.tensor([[True], [False], [True]]), torch.zeros(3, 1, dtype=torch.bool)):
+        wanted = wanted.expand(3, 7)
+        for trigger in (None, tau):
+            expected = net(ids, trigger=trigger)[wanted]
+            assert torch.allclose(net(ids, trigger=trigger, wanted=wanted), expected, atol=1e-12)
+
+
 def test_scale_is_row_by_row():
     net, ids = random_net(), torch.randint(1, 60, (3, 7))
     carrier = random_carrier(net)
