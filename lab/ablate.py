@@ -38,7 +38,7 @@ OPTIONS = {
     "max_new_tokens": (32, "length of the answers"),
     "device": (usual_device(), "cpu or cuda"),
 }
-STOPS = 8               # of a run of blind or gates, at which gates and Δ are kept
+STOPS = 12              # of a run of blind or gates, at which gates and Δ are kept
 CLOSE = 0.25            # relative difference of losses that counts as matched
 
 
@@ -81,7 +81,7 @@ class Stops:
         if self.blind:
             grad.zero_()
         opened = int((self.carrier.logits > 0).sum())
-        if opened < 0.8 * self.lowest and len(self.kept) < 4 * STOPS:
+        if opened < 0.8 * self.lowest:
             self.lowest = opened
             state = {name: t.detach().clone() for name, t in self.carrier.state_dict().items()}
             self.kept.append((opened, state))
@@ -95,11 +95,8 @@ def pruned(net, sft, examples, held_out, run, work, target, blind):
     carrier = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
     stops = Stops(carrier, blind)
     lcdd.prune(net, carrier, examples, run, work, lcdd.adamw(carrier, run.lr), change=stops)
-    stops.lowest = carrier.logits.numel() * 10
-    stops(torch.zeros_like(carrier.logits))                     # the end is a stop, too
     best = None
-    kept = stops.kept[-STOPS:]
-    for number, (opened, state) in enumerate(kept):
+    for number, (opened, state) in enumerate(stops.kept[-STOPS:]):
         carrier.load_state_dict(state)
         if blind:
             name = f"settle{number}"
@@ -141,6 +138,7 @@ def models_of(net, chat, o, run, splits, work):
         if name in wanted:
             own = copy.copy(run)
             own.train = "joint" if name == "blind" else "mask-ce"
+            own.brake = False           # goes on beyond the budget, so that a stop can match lcdd
             (work / name).mkdir(exist_ok=True)
             carrier, loss, opened = pruned(net, sft, examples, held_out, own, work / name, target, name == "blind")
             yield name, carrier.merge(net), carrier, taught, {"loss": loss, "stop": opened, **carrier.stats()}
