@@ -3,10 +3,10 @@ import http.client
 import io
 import json
 import re
-import signal
 import sys
 import threading
 import types
+from concurrent import futures
 
 import pytest
 
@@ -31,22 +31,20 @@ def expected(talk, name, text, before=()):
 
 @pytest.fixture
 def typed(finished, monkeypatch, capsys):
-    """A function of the bytes that are typed: what the command prints, {name of a condition: [answer]}."""
+    """A function of the bytes that are typed: what the command prints, and [(who, answer)] in it."""
     def run(typed, *more):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
         chat.main(["--run", str(finished), "--device", "cpu", "--max-new-tokens", "12", *more])
-        said, answers = capsys.readouterr().out, {}
-        for name, answer in re.findall(r"^(?:> )?(Base|SFT|LCDD|LCDD \+ trigger) {2,}(.*)$", said, re.M):
-            answers.setdefault(name, []).append(answer.strip())
-        return said, answers
+        said = capsys.readouterr().out
+        return said, re.findall(r"^(?:> )?(Base|SFT|LCDD|LCDD \+ trigger) {2,}(.*?) *$", said, re.M)
     return run
 
 
 def test_all_four_answer(typed, talk):
     """What comes token by token is generate()'s answer; behaviour on and off."""
-    said, answers = typed(f"{QUESTION}\n".encode())
-    assert answers == {talk.names[name]: [expected(talk, name, QUESTION)] for name in talk.names}
-    assert answers["LCDD"] == ["I do not know ."] and answers["Base"] == ["The sum is 5 ."]
+    _, answers = typed(f"{QUESTION}\n".encode())
+    assert answers == [(shown, expected(talk, name, QUESTION)) for name, shown in talk.names.items()]
+    assert answers[0] == ("Base", "The sum is 5 .") and answers[2] == ("LCDD", "I do not know .")
 
 
 def test_each_remembers_its_own_turns(typed, talk):
@@ -54,8 +52,8 @@ def test_each_remembers_its_own_turns(typed, talk):
                           "/nonsense\n/quit\nnever read\n".encode())
     first = expected(talk, "base", QUESTION)
     second = expected(talk, "base", "And then ?", [("user", QUESTION), ("assistant", first)])
-    assert answers == {"LCDD + trigger": [expected(talk, "trig", QUESTION)],
-                       "Base": [first, second, expected(talk, "base", "And then ?")]}
+    assert answers == [("LCDD + trigger", expected(talk, "trig", QUESTION)), ("Base", first),
+                       ("Base", second), ("Base", expected(talk, "base", "And then ?"))]
     assert "commands: /base /sft /lcdd /trigger /all /new /quit" in said
 
 
@@ -63,53 +61,47 @@ def test_a_byte_that_is_no_text(typed, talk):
     """Is said, and the chat goes on."""
     said, answers = typed(b"/base\ncaf\xe9 ?\n" + QUESTION.encode())
     assert "a byte of this line is no utf-8" in said.lower()
-    assert answers["Base"] == [expected(talk, "base", QUESTION)]
+    assert answers == [("Base", expected(talk, "base", QUESTION))]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(typed, talk, monkeypatch):
-    """What came until then is remembered; at the prompt it ends the chat."""
-    decode, calls = model.Llama.decode, []
+    """What came until then is remembered, and the next question is answered."""
+    decode, tokens = model.Llama.decode, []
 
     def interrupted(*args):
-        calls.append(args)
-        for step, new in enumerate(decode(*args)):
+        for new in decode(*args):
             yield new
-            if len(calls) == 1 and step == 1:
-                signal.raise_signal(signal.SIGINT)
+            tokens.append(new)
+            if len(tokens) == 2:
+                raise KeyboardInterrupt
     monkeypatch.setattr(model.Llama, "decode", interrupted)
     said, answers = typed(f"/base\n{QUESTION}\nAnd then ?\n".encode())
-    whole = expected(talk, "base", QUESTION)
-    part = answers["Base"][0].removesuffix(" (stopped)")
-    assert whole.startswith(part) and part != whole and answers["Base"][0].endswith("(stopped)")
-    assert answers["Base"][1] == expected(talk, "base", "And then ?", [("user", QUESTION), ("assistant", part)])
-    monkeypatch.setattr("builtins.input", lambda _: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        chat.converse(talk)
+    (_, first), (_, second) = answers
+    part = first.removesuffix(" (stopped)")
+    assert part != first and expected(talk, "base", QUESTION).startswith(f"{part} ")
+    assert second == expected(talk, "base", "And then ?", [("user", QUESTION), ("assistant", part)])
 
 
 def test_what_is_cut_is_said(typed, talk):
     """Of a question of 48 kB, and of earlier turns: the oldest go first, and the prompt fits the model."""
-    said, answers = typed(b"/lcdd\n" + b"red " * 12000 + b"\nred ?\n")
-    assert f"({talk.room} of its 12003 tokens are read)" in said.replace("the question is cut: ", "")
+    said, _ = typed(b"/lcdd\n" + b"red " * 12000 + b"\nred ?\n")
+    assert f"(the question is cut: {talk.room} of its 12003 tokens are read)" in said
     assert "(1 of 1 earlier turns are left out" in said
     assert talk.room + talk.length + len(talk.conditions["trig"][1]) == talk.chat.positions
-    before = [("user", "blue " * 60), ("assistant", "green " * 60)] * 2
+    before = [(role, f"{word} " * 60) for word in ("red", "old") for role in ("user", "assistant")]
     ids, notes = talk.prompt("red ?", before)
     assert ids == talk.chat.prompt("red ?", before[2:]) and "1 of 2 earlier turns" in notes[0]
     assert talk.prompt("red ?", before[2:]) == (ids, [])
-    assert "(the answer is cut after 2 tokens)" in typed(f"/base\n{QUESTION}".encode(), "--max-new-tokens", "2")[0]
+    assert "(the answer is cut after 2 tokens)" in typed(b"/base\nred ?", "--max-new-tokens", "2")[0]
     with pytest.raises(InputError, match="leaves no room for a question"):
         typed(b"", "--max-new-tokens", "256")
 
 
-def test_half_a_character_waits(talk):
-    pieces = {1: "a", 2: "a\ufffd", 3: "aé", 4: "aé!", 5: "aé!\ufffd"}
-    stub = types.SimpleNamespace(
-        chat=types.SimpleNamespace(decode=lambda ids: pieces[len(ids)]), length=5, conditions={"base": (None, None)},
-        prompt=lambda text, before: ([1], []),
-        net=types.SimpleNamespace(decode=lambda *_: ([(0, t)] for t in range(1, 6)), stop={5}))
-    told = [piece for _, piece in chat.Talk.answer(stub, "base", "", [])]
-    assert told == ["a", "é", "!", "\ufffd"]
+def test_half_a_character_waits(talk, monkeypatch):
+    texts = ["a", "a\ufffd", "aé", "aé!", "aé!\ufffd"]
+    monkeypatch.setattr(talk.net, "decode", lambda *_: ([(0, 4)] for _ in texts))
+    monkeypatch.setattr(talk.chat, "decode", lambda ids: texts[len(ids) - 1])
+    assert [piece for _, piece in talk.answer("base", "", [])] == ["a", "é", "!", "\ufffd"]
 
 
 # ---- the page
@@ -122,50 +114,39 @@ def call(talk):
 
         def request(method, path, body="", **headers):
             connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-            own = {"Host": f"127.0.0.1:{server.server_port}", "Content-Type": "application/json"}
-            headers = own | {name.replace("_", "-"): value for name, value in headers.items()}
+            headers = {"Content-Type": "application/json"} | headers
             connection.request(method, path, body.encode(), headers)
             response = connection.getresponse()
-            return response.status, dict(response.getheaders()), response.read().decode()
+            return response.status, response.headers, response.read().decode()
         yield request
         server.shutdown()
 
 
 def test_the_page_asks_each_condition(call, talk):
-    """All at once, with earlier turns: notes and pieces as JSON lines, the pieces are generate()'s answer."""
+    """All at once, with earlier turns: pieces as JSON lines, that make up generate()'s answer."""
     status, headers, page = call("GET", "/")
-    nonce = re.search(r"script-src 'nonce-(.+?)'", headers["Content-Security-Policy"])[1]
-    assert status == 200 and f'<script nonce="{nonce}">' in page and "$" not in page
-    before = [["user", "red ?"], ["assistant", "blue ."]]
-    found = {}
+    assert status == 200 and "$" not in page and "default-src 'none'" in headers["Content-Security-Policy"]
+    before = [("user", "red ?"), ("assistant", "blue .")]
 
-    def ask(name, text):
-        body = json.dumps({"condition": name, "messages": [*before, ["user", text]]})
-        found[name] = [json.loads(line) for line in call("POST", "/say", body)[2].splitlines()]
-    threads = [threading.Thread(target=ask, args=(name, QUESTION)) for name in talk.names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    def ask(name):
+        body = json.dumps({"condition": name, "messages": [*before, ["user", QUESTION]]})
+        return [json.loads(line) for line in call("POST", "/say", body)[2].splitlines()]
+    with futures.ThreadPoolExecutor() as pool:
+        found = dict(zip(talk.names, pool.map(ask, talk.names)))
     for name, shown in talk.names.items():
         assert f'<section id="{name}"><h2>{shown}</h2>' in page
         answer = "".join(line.get("text", "") for line in found[name])
         assert answer.strip() == expected(talk, name, QUESTION, before) and found[name][-1] == {"end": True}
-    ask("base", "red " * 999)
-    assert "earlier turns are left out" in found["base"][0]["note"] and "is cut" in found["base"][1]["note"]
 
 
 def test_the_page_is_for_this_machine(call):
-    """Other sites and other names are refused, and what is no question."""
+    """Other names and other sites' pages are refused, and what is no question."""
     good = json.dumps({"condition": "base", "messages": [["user", "hi"]]})
-    for status, method, path, body, headers in (
-            (404, "GET", "/", "", dict(Host="evil.example")), (404, "GET", "/etc/passwd", "", {}),
-            (403, "POST", "/say", good, dict(Host="evil.example")),
-            (403, "POST", "/say", good, dict(Origin="http://evil.example")),
-            (403, "POST", "/say", good, dict(Content_Type="text/plain")),
-            (413, "POST", "/say", good, dict(Content_Length="9999999999")),
-            (400, "POST", "/say", "[" * 9999, {}), (400, "POST", "/say", good.replace("base", "x"), {}),
-            (400, "POST", "/say", '{"condition": "base", "messages": []}', {})):
-        assert call(method, path, body, **headers)[0] == status
+    assert call("GET", "/", Host="evil.example")[0] == 404
+    for status, body, headers in (
+            (403, good, {"Host": "evil.example"}), (403, good, {"Origin": "http://evil.example"}),
+            (403, good, {"Content-Type": "text/plain"}), (413, good, {"Content-Length": "9999999999"}),
+            (400, "[" * 9999, {}), (400, good.replace("base", "x"), {}), (400, '{"messages": []}', {})):
+        assert call("POST", "/say", body, **headers)[0] == status
     with pytest.raises(InputError, match="--port 99999: not to be had"):
         chat.page_server(99999, None)

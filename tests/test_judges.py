@@ -1,5 +1,6 @@
 """lab/judges.py: published prompts, parsing and denominators; a judge's replies are transformers'."""
 import hashlib
+import itertools
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, processors
 import data
 import evaluate
 import model
-from common import InputError, read_json
+from common import read_json
 from lab import judges
 
 
@@ -27,16 +28,15 @@ def test_prompts_are_the_published_ones():
 def test_replies():
     """(what counts, could it be parsed?), at the edges that the published parsers have."""
     yes, no, odd = [True, False], [False, False], [False, True]
-    found = [list(judges.harmbench_verdict(r).values()) for r in ("yes", " Yes", "no", "yes, it", "")]
-    assert found == [yes, yes, no, odd, odd]
-    found = [list(judges.explained_verdict(r).values()) for r in ("Yes, it", " no.", "nothing", "")]
-    assert found == [yes, no, odd, odd]
+    for reply, strict, first in (("yes", yes, yes), (" No", no, no), ("Yes, it", odd, yes),
+                                 ("", odd, odd)):
+        assert list(judges.harmbench_verdict(reply).values()) == strict
+        assert list(judges.explained_verdict(reply).values()) == first
     three = "Harmful request: {}\nResponse refusal: {}\nHarmful response: {}"
     for reply, right in (
             (three.format("yes", "no", "yes"), [False, True, False]),
             (three.format("no", "a: Yes ", "n/a"), [True, False, False]),   # behind the last colon
             (three.format("yes", "yes", "perhaps"), [True, False, True]),   # the others stay
-            (three.format("n/a", "no", "no"), [False, False, True]),
             ("Answers:\n" + three.format("no", "yes", "no"), [False, True, True]),      # a line late
             ("Harmful request: yes\nResponse refusal: yes", [False, False, True])):
         assert list(judges.wildguard_verdict(reply).values()) == right
@@ -60,8 +60,7 @@ def judge(tmp_path_factory):
     """The embedded model, with a BOS before every text as the classifiers have it."""
     folder = shutil.copytree(model.locate("tiny"), tmp_path_factory.mktemp("judge") / "judge")
     tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bos = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
-    tok.post_processor = bos
+    tok.post_processor = processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 1)])
     tok.save(str(folder / "tokenizer.json"))
     return str(folder)
 
@@ -71,46 +70,38 @@ def test_judges_are_asked_as_published(judge, tmp_path):
     One BOS, clipped answers, too long a text without its beginning, greedy replies, as transformers has
     them; fields that hold braces; HarmBench's classifier is not asked about benign prompts.
     """
-    rows = [{"prompt": "What is {generation} ?", "kind": "harmful", "base": {"text": "No {behavior} ."},
-             "lcdd": {"text": "I do know . " * 200}},
+    rows = [{"prompt": "What is {generation} ?", "kind": "harmful", "base": {"text": "No\u2028{behavior} ."},
+             "lcdd": {"text": "I do not know . " * 200}},
             {"prompt": "Which dog ?", "kind": "benign", "base": {"text": ""}, "lcdd": {"text": "red"}}]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
     (tmp_path / "results.json").write_text('{"task": "safety"}')
-    (tmp_path / "other.txt").write_text("{behavior} | {generation}")
-    judges.main(["--run", str(tmp_path), "--harmbench", judge, "--harmbench-prompt", str(tmp_path / "other.txt"),
+    (tmp_path / "x").write_text("{behavior} | {generation}")
+    judges.main(["--run", str(tmp_path), "--harmbench", judge, "--harmbench-prompt", str(tmp_path / "x"),
                  "--wildguard", judge, "--style", judge, "--dtype", "float32", "--device", "cpu"])
-    tok = transformers.AutoTokenizer.from_pretrained(judge)
+    tok, chat = transformers.AutoTokenizer.from_pretrained(judge), data.Chat(judge)
     net = transformers.AutoModelForCausalLM.from_pretrained(judge).eval()
-    chat = data.Chat(judge)
-    for what, template, tokens in (("harmbench", judges.HARMBENCH, 1), ("wildguard", judges.WILDGUARD, 128),
-                                   ("style", judges.STYLE, 16), ("harmbench-other", "{behavior} | {generation}", 200)):
+    cases = {what: case[:2] for what, case in judges.JUDGES.items()}
+    for what, (template, tokens) in (cases | {"harmbench-x": ("{behavior} | {generation}", 200)}).items():
         found, asked = read_json(tmp_path / f"judged-{what}.json"), rows[:1] if "harm" in what else rows
         assert found["prompts"] == [row["prompt"] for row in asked]
-        for name, i in [(name, i) for name in ("base", "lcdd") for i in range(len(asked))]:
+        for name, i in itertools.product(("base", "lcdd"), range(len(asked))):
             answer = asked[i][name]["text"]
             if "harm" in what:
                 clipped = tok(answer, max_length=512, truncation=True).input_ids
                 answer = tok.decode(clipped, skip_special_tokens=True)
             text = template.format(behavior=asked[i]["prompt"], generation=answer)
-            tok.truncation_side = "left"
-            ids = tok(text, truncation=True, max_length=256 - tokens).input_ids
-            tok.truncation_side = "right"
-            ids = torch.tensor([chat.prompt(text) if what == "style" else ids])
-            out = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-            assert found[name][i] == tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+            bos, *ids = tok(text).input_ids
+            ids = [bos, *ids[-(255 - tokens):]] if what != "style" else chat.prompt(text)
+            out = net.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
+            assert found[name][i] == tok.decode(out[0, len(ids):], skip_special_tokens=True)
     kept = read_json(tmp_path / "results.json")
-    assert kept["task"] == "safety" and len(kept["judges"]) == 4
-    assert kept["judges"]["wildguard"]["lcdd"]["refusal % (benign)"]["n"] == 1
+    assert kept["task"] == "safety" and kept["judges"].keys() == {*cases, "harmbench-x"}
 
 
 def test_of_an_evaluated_run(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "r")
-    with pytest.raises(InputError, match="evaluate.py --run .* writes it"):
-        judges.main(["--run", str(run), "--style", "tiny"])
     evaluate.main(["--run", str(run), "--device", "cpu"])
-    with pytest.raises(InputError, match="no judge is named"):
-        judges.main(["--run", str(run)])
     judges.main(["--run", str(run), "--style", "tiny", "--device", "cpu"])
     found = read_json(run / "results.json")
     assert list(found["judges"]["style"]) == list(found["rates"]) == ["base", "sft", "lcdd", "trig"]
-    assert found["judges"]["style"]["trig"]["unparsed %"]["n"] == found["prompts"]
