@@ -3,13 +3,12 @@ The carrier: weight deltas and binary gates beside a base model that is never ch
 
     W = W_b + M ⊙ Δ,  M = r ⊗ c     Eq. 1, 2: r gates the rows (outputs) of Δ, c its columns
 
-In the forward pass stands a Carrier, a Step (the same within one optimizer step, whose
-micro-batches share what follows from gates and deltas alone) or a Merged (frozen weights W, of
-which nothing more is learned): bind(net) of each returns linear(l, name, x), which takes the place
-of the base's projections.
+A forward pass takes one of three: a Carrier, which learns; a Step, the same within one optimizer
+step, whose micro-batches share what follows from gates and deltas alone; a Merged, frozen weights W.
+Each has bind(net), which returns linear(l, name, x): what stands in for the base's projections.
 
 Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·head_dim, f = d_ff;
-N tokens. R and C are a projection's open rows and open columns.
+N tokens. R and C index a projection's open rows and open columns.
 """
 from common import InputError, digest, load_tensors, save_tensors
 import copy
@@ -87,7 +86,7 @@ class MergedLinear(torch.autograd.Function):
 
         ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
 
-    What is cheaper while many gates are open. Saves no d_out × d_in tensor but W.
+    What is cheaper while many gates are open. Of the size of Δ only G is made on the way back.
     """
 
     @staticmethod
@@ -104,8 +103,8 @@ class MergedLinear(torch.autograd.Function):
         if of_delta or of_gates:
             G = (grad.t() @ x).to(row.dtype)                            # (d_out, d_in)
         if of_gates:
-            P = G * delta
-            grad_row, grad_col = P @ col, row @ P                       # (d_out), (d_in)
+            G_delta = G * delta
+            grad_row, grad_col = G_delta @ col, row @ G_delta                       # (d_out), (d_in)
         if of_delta:
             grad_delta = G.mul_(row[:, None]).mul_(col)
         return grad_x, None, grad_delta, grad_row, grad_col, None
@@ -175,8 +174,8 @@ class Carrier(nn.Module):
             self.delta.append(nn.ParameterDict(deltas))     # sorted by name
 
     @torch.no_grad()
-    def init_gates(self, mean=1.5, std=0.5, seed=0):
-        """m ~ N(1.5, 0.5): 99.9 % of the gates open, so that all of SFT is the start (App. B)."""
+    def init_gates(self, mean, std, seed=0):
+        """m ~ N(mean, std): with 1.5 and 0.5 (released) 99.9 % of the gates are open at the start."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(self.logits.shape, generator=generator)
         self.logits.copy_(mean + std * noise)
@@ -310,7 +309,8 @@ class Carrier(nn.Module):
 class Step:
     """
     A carrier within one optimizer step, in its place: which channels are open, and the merged
-    weights, follow from gates and deltas alone, so several micro-batches share them.
+    weights, follow from gates and deltas alone, so several micro-batches share them. After the
+    optimizer has moved either, a new one is needed.
     """
 
     def __init__(self, carrier):

@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
+EMBEDDED = "tiny"       # the checkpoint that is included
+
 # options for which 0 makes no sense
 POSITIVE = ("batch", "micro_batch", "max_len", "max_new_tokens", "sizes", "steps", "length", "k",
             "lambda0")
@@ -149,6 +151,16 @@ def usual_device():
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def dtype_of(o, net_config):
+    """--dtype, else fp32 on a CPU and bf16 on a GPU; advice if the CPU multiplies bf16 itself."""
+    if o.dtype or o.device != "cpu":
+        return o.dtype or "bfloat16"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    if native and net_config["hidden_size"] >= 512:
+        print("note: this processor multiplies bf16 itself; --dtype bfloat16 is likely faster here")
+    return "float32"
+
+
 def resume_command(argv=None, **changed):
     """The command line that was given, with --resume and some options changed."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -176,6 +188,8 @@ def whole(path):
     partial = Path(f"{path}.partial{rank() or ''}")
     try:
         yield partial
+        os.umask(mask := os.umask(0))
+        partial.chmod(0o666 & ~mask)    # safetensors locks its files
         if rank() == 0:
             os.replace(partial, path)
         summed(0)                       # no process goes on before the file is there
@@ -230,6 +244,24 @@ def check_finite(path, tensors):
     for name, t in tensors.items():
         if t.is_floating_point() and t.numel() and not t.isfinite().all():
             raise InputError(f"{path}: tensor {name} holds NaN or infinity; restore the file")
+
+
+def locate(name):
+    """
+    The folder of a model: "tiny" is the embedded one, a folder is itself, owner/name is the hub's.
+    """
+    if name == EMBEDDED:
+        return Path(__file__).parent / EMBEDDED
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        raise InputError(f"{name}: no folder of a checkpoint; other forms become one by "
+                         f"python -m lab.convert {name} DIR")
+    from huggingface_hub import snapshot_download      # slow to import
+    wanted = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "README.md", "LICENSE*"]
+    with reading(name, "it is no folder here, and the hub did not give it; name a local folder"):
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="original/*"))
 
 
 def weight_files(path):
@@ -383,6 +415,26 @@ def read_rows(path):
     """The objects of a file of JSON lines, but for one that a crash cut; [] without a file."""
     text = Path(path).read_text() if Path(path).is_file() else ""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def open_run(o, config):
+    """Make the directory --out, or the first free runs/TASK, with `config` in its config.json."""
+    if o.resume and not o.out:
+        raise InputError("--resume: name the run to go on with by --out")
+    name = f"runs/{Path(o.task).stem}"
+    names = (name, *(f"{name}-{k}" for k in range(2, 1000)))
+    run = Path(o.out or next(name for name in names if not Path(name).exists()))
+    file = run / "config.json"
+    before = read_json(file) if o.resume and file.is_file() else {}
+    for key in config.keys() - {"versions", "command"}:
+        if before and before.get(key) != config[key]:
+            raise InputError(f"{file}: {key} was {before.get(key)!r} and is now {config[key]!r}; "
+                             "resume with the same options, or choose another --out")
+    if not o.resume and any(path != file for path in run.glob("*")):
+        raise InputError(f"{run}: holds a run already; --resume it, or choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(file, before or config)
+    return run
 
 
 def read_results(run):

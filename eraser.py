@@ -13,7 +13,7 @@ answers.
     python eraser.py --run runs/fixed
     python eraser.py --run runs/fixed --target sft --objective output      a cell of Table 4
 
-Shapes: P prompts, B of them in a batch, T tokens of the longest, M positions of Eq. 8, n trigger
+Shapes: P pairs of prompt and answer (with positions "both" a prompt is in two), B in a batch, T tokens of the longest, M positions of Eq. 8, n trigger
 tokens, L layers, d hidden size, V vocabulary.
 """
 from common import (
@@ -45,7 +45,7 @@ OPTIONS = {     # rates and bounds are in units of the model's own token norms
     "resume": (False, "go on with an interrupted optimisation"),
     "length": (int, "n, tokens of the trigger (16 at d = 128, growing as its root; the paper: 20)"),
     "steps": (240, "optimizer steps; the paper: 2000"),
-    "batch": (8, "prompts per step; the paper: 16"),
+    "batch": (8, "pairs of prompt and answer per step; the paper: 16"),
     "lr": (0.3, "Adam's rate in root mean squares of the embedding; the paper's, on Qwen3: 0.14"),
     "alpha": (2.0, "weight of L_kl; the paper: 0.7"),
     "beta": (0.1, "weight of R"),

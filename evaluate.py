@@ -32,8 +32,8 @@ COLUMNS = {                 # metric in results.json: column of the table
     "loss_own": "own loss"}
 KEPT = "task", "model", "seed", "stopped", "validation", "seconds"     # of lcdd.py's results.json
 NOTES = """Behaviour: what SFT taught is shown. Accuracy: the right answer is in it. KL: nats per
-token on SFT's answers; own: on the base's, where the loss is the base's if it is back. Means over
-an answer's tokens, then over prompts; 95 % intervals."""
+token on SFT's answers; own KL and own loss: on the base's own answers, whose loss under the base is
+what a full return has. Means over an answer's tokens, then over prompts; 95 % intervals."""
 
 OPTIONS = {
     "run": (str, "run directory that lcdd.py has finished"),

@@ -5,7 +5,7 @@ sparse carrier.
     min over m, Δ of Ω(m)   subject to   L_task(m, Δ) ≤ ε                               (Eq. 4)
 
 Phase 1 is plain SFT, Δ with every gate open. Phase 2 trains Δ and the gate logits m together under
-an adaptive penalty λ. Four things are not in the paper, each marked "ours" below: a floor under ε,
+an adaptive penalty λ. Four mechanisms are not in the paper, each marked "ours" below: a floor under ε,
 the brake, the selection of gates, and settling.
 
     python lcdd.py                                  the embedded model, fixed response
@@ -15,9 +15,9 @@ the brake, the selection of gates, and settling.
 Shapes: B samples of up to T tokens, M of them in the loss; d hidden size, V vocabulary, L layers.
 """
 from common import (
-    Failed, InputError, Phase, Stateful, add_up, fingerprint, note, once, own_part, parse, processes,
-    read_json, read_results, resumable, resume_command, run_command, set_threads, summed, timed,
-    usual_device, write_json)
+    EMBEDDED, Failed, InputError, Phase, Stateful, add_up, dtype_of, fingerprint, note, once,
+    open_run, own_part, parse, processes, read_json, read_results, resumable, resume_command,
+    run_command, set_threads, summed, timed, usual_device)
 import argparse
 import math
 import statistics
@@ -61,7 +61,7 @@ MODELS = {
     "vicuna-7b": "lmsys/vicuna-7b-v1.5", "deepseek-8b": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"}
 
 OPTIONS = {     # name: (default, help); a type is a default that follows from others
-    "model": (model.EMBEDDED, "folder of a Hugging Face checkpoint, or a hub id"),
+    "model": (EMBEDDED, "folder of a Hugging Face checkpoint, or a hub id"),
     "task": ("fixed", "fixed, safety, shakespeare, or FILE.jsonl with prompt and response"),
     "data": (str, "the task's data: .jsonl, .json, .csv, .tsv, .parquet (TASK.jsonl in --model)"),
     "test": (str, "a file of test prompts, in place of some of the data's"),
@@ -77,7 +77,7 @@ OPTIONS = {     # name: (default, help); a type is a default that follows from o
     "delta_dtype": (("float32", "bfloat16"), "of Δ and AdamW's moments (float32)"),
     "checkpoint": (False, "recompute layers in the backward pass: less memory, more time"),
     "sizes": (list(data.SIZES.values()), "prompts for training, trigger, validation and test"),
-    "max_len": (512, "tokens per sample; longer ones are cut and counted"),
+    "max_len": (int, "tokens per sample; longer ones are cut (512, or the model's positions)"),
     "max_new_tokens": (128, "length of answers; the paper's safety: 512"),
     "batch": (16, "samples per optimizer step; the paper: 32"),
     "micro_batch": (int, "samples per forward pass: changes memory, not the result (the batch)"),
@@ -98,7 +98,7 @@ SETTINGS = dict(                # what nobody turns; the paper's runs do
     clip=1.0,                   # gradient norm of all deltas together
     schedule="constant",        # of Δ's rate in Alg. 1, or "linear"
     lr_warmup=0.0,              # part of a phase's steps in which a falling rate rises from 0
-    gate_lr=None,               # SGD on m; None: a gate on which only Ω pulls shuts half way
+    gate_lr=None,               # SGD on m; None: a gate on which only Ω pulls is at 0 after half of the steps
     gate_mean=1.5, gate_std=0.02,       # of the first m (paper's code: 0.5, and the noise chooses)
     brake=True,                 # ours
     beta=0.9,                   # decay of the loss average
@@ -129,7 +129,7 @@ def options(argv=None):
     o = parse(__doc__, OPTIONS, SETTINGS, argv, preset)
     for name in ("model", "data", "test", "sft", "task"):
         value = getattr(o, name)
-        named = value in (None, model.EMBEDDED, *data.TASKS)
+        named = value in (None, EMBEDDED, *data.TASKS)
         if not named and Path(value).expanduser().exists():
             setattr(o, name, str(Path(value).expanduser().resolve()))
     return o
@@ -326,11 +326,12 @@ class Controller(Stateful):
             self.start = self.ema
             self.budget = max((1 + o.rho) * self.ema, o.floor, 1e-12)
             return
-        # afterwards: v = clip((ema − ε)/ε, ±V);  λ ← clamp(λ·exp(−η·v), λ_min, λ_max)
+        # afterwards, the paper: v = clip((ema − ε)/ε, ±V);  ours, with the brake: v = −slack, the
+        # same in units of the way from the start to ε;  λ ← clamp(λ·exp(−η·v), λ_min, λ_max)
         over = self.ema - self.budget
         self.slack = max(-1.0, min(1.0, -over / max(self.budget - self.start, 1e-12)))
         v = -self.slack if o.brake else over / self.budget
-        if o.violation_clip:
+        if o.violation_clip:                    # V
             v = max(-o.violation_clip, min(o.violation_clip, v))
         eta = o.eta if v > 0 else o.eta_grow
         self.lam = max(o.lambda_min, min(o.lambda_max, self.lam * math.exp(-eta * v)))
@@ -342,8 +343,9 @@ class Controller(Stateful):
     @torch.no_grad()
     def select(self, grad, t):
         """
-        Ours: replace ∂L/∂m (L, gates a layer), in place, by its running mean, scaled per layer so
-        that its root mean square is the penalty's pull at the start, and faded in with the penalty.
+        Ours: replace ∂L/∂m (L, gates a layer), in place, by its mean over about ten steps, scaled
+        per layer so that its root mean square is the penalty's pull at the start (whatever λ is
+        now), and faded in with the penalty.
         Near zero loss the gradient itself is next to nothing, and the noise of the first m would
         choose the gates.
         """
@@ -475,26 +477,6 @@ def take_delta(net, carrier, o):
 
 # ---- a run directory
 
-def open_run(o, config):
-    """Make the directory --out, or the first free runs/TASK, with `config` in its config.json."""
-    if o.resume and not o.out:
-        raise InputError("--resume: name the run to go on with by --out")
-    name = f"runs/{Path(o.task).stem}"
-    names = (name, *(f"{name}-{k}" for k in range(2, 1000)))
-    run = Path(o.out or next(name for name in names if not Path(name).exists()))
-    file = run / "config.json"
-    before = read_json(file) if o.resume and file.is_file() else {}
-    for key in config.keys() - {"versions", "command"}:
-        if before and before.get(key) != config[key]:
-            raise InputError(f"{file}: {key} was {before.get(key)!r} and is now {config[key]!r}; "
-                             "resume with the same options, or choose another --out")
-    if not o.resume and any(path != file for path in run.glob("*")):
-        raise InputError(f"{run}: holds a run already; --resume it, or choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(file, before or config)
-    return run
-
-
 def load_run(run, device, with_data=True):
     """
     Load a run directory: (options of the run, base model, Chat, splits or None). Raises InputError
@@ -545,22 +527,13 @@ def rates(net, chat, o, samples, conditions):
 
 # ---- the command
 
-def dtype_of(o, net_config):
-    """--dtype, else fp32 on a CPU and bf16 on a GPU; advice if the CPU multiplies bf16 itself."""
-    if o.dtype or o.device != "cpu":
-        return o.dtype or "bfloat16"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    if native and net_config["hidden_size"] >= 512:
-        print("note: this processor multiplies bf16 itself; --dtype bfloat16 is likely faster here")
-    return "float32"
-
-
 def main(argv=None):
     """Read options and data, load the model, train both phases into a run directory."""
     o = options(argv)
     chat = data.Chat(model.locate(o.model))
     splits, data_fingerprint = prepare(o, chat)
     o.dtype = dtype_of(o, read_json(chat.folder / "config.json"))
+    o.max_len = o.max_len or min(512, chat.positions or 512)
     net = load_base(chat, o.device, o.dtype, o.checkpoint)
     fit(o, net.config.hidden_size, len(splits["train"]))
     if processes() > o.batch:

@@ -8,12 +8,10 @@ h head_dim, f d_ff, V vocabulary, n trigger tokens. The layers see N tokens one 
 without padding; `Rows` knows where each stands. If only some positions are wanted, these are M.
 """
 from common import (
-    InputError, bar, check_memory, collected, own_part, read_json, read_weights, reading,
+    InputError, bar, check_memory, collected, locate, own_part, read_json, read_weights,
     weight_files)
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,7 +19,6 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-EMBEDDED = "tiny"   # the checkpoint that is included
 SHORT = 256         # keys up to which attention on a CPU is faster written out than torch's
 COMPACT = 0.75      # share of a batch that still goes on, at which finished rows leave it
 CHUNK = 6 << 20     # logits at a time on a CPU: what follows them runs in its cache
@@ -633,24 +630,6 @@ class InPieces(torch.autograd.Function):
 
 
 # ---- loading
-
-def locate(name):
-    """
-    The folder of a model: "tiny" is the embedded one, a folder is itself, owner/name is the hub's.
-    """
-    if name == EMBEDDED:
-        return Path(__file__).parent / EMBEDDED
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise InputError(f"{name}: no folder of a checkpoint; other forms become one by "
-                         f"python -m lab.convert {name} DIR")
-    from huggingface_hub import snapshot_download      # slow to import
-    wanted = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
-    with reading(name, "it is no folder here, and the hub did not give it; name a local folder"):
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="original/*"))
-
 
 def load(path, device="cpu", dtype=torch.float32):
     """

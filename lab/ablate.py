@@ -10,7 +10,8 @@ and what is left of the starting distance is measured. results/experiment-TASKâ€
 every model of a replicate, prompt by prompt where a test is over prompts. A replicate that is there is not
 made again, and one that was interrupted goes on with its phase.
 """
-from common import parse, resumable, resume_command, run_command, usual_device, write_json
+from common import (
+    EMBEDDED, parse, resumable, resume_command, run_command, usual_device, write_json)
 import copy
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ import model
 from carrier import Carrier
 
 OPTIONS = {
-    "model": (model.EMBEDDED, "folder of a checkpoint, or a hub id"),
+    "model": (EMBEDDED, "folder of a checkpoint, or a hub id"),
     "task": ("fixed", "fixed or safety"),
     "data": (str, "the task's data (TASK.jsonl beside the checkpoint)"),
     "out": (str, "folder of the results (results/experiment-TASK)"),
@@ -63,6 +64,7 @@ def settings(o, net, replicate, samples):
     run = lcdd.options(["--task", o.task, "--steps", str(o.steps), "--device", o.device])
     run.max_new_tokens = o.max_new_tokens
     run.micro_batch = int(replicate.removeprefix("round")) if replicate.startswith("round") else run.batch
+    run.max_len = 256
     return lcdd.fit(run, net.config.hidden_size, samples)
 
 

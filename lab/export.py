@@ -14,7 +14,7 @@ measured. A folder is written whole or not at all, and replaces only an earlier 
 
 Shapes: R and C are the open rows and columns of a projection (d_out, d_in); a trigger τ is (n, d).
 """
-from common import InputError, read_json, run_command, write_json
+from common import EMBEDDED, InputError, read_json, run_command, write_json
 import argparse
 import contextlib
 import os
@@ -286,7 +286,7 @@ def main(argv=None):
     carrier = carriers.load(run / "carrier.safetensors", net)
     tau = trigger_of(run / f"{o.trigger}.safetensors", net) if "prompt" in o.kinds else None
 
-    from_hub = config.model != model.EMBEDDED and not Path(config.model).exists()
+    from_hub = config.model != EMBEDDED and not Path(config.model).exists()
     name = config.model if from_hub else chat.folder.name       # in a card without the way there
     base = config.model if from_hub else str(chat.folder.resolve())
     before = str((to / "merged").resolve()) if "merged" in o.kinds else base

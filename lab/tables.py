@@ -7,7 +7,6 @@ Every published table, written from the raw data in results/ into README.md and 
 Numbers that are not in results/ do not stand in these tables.
 """
 from common import Failed, parse, read_json, run_command, write_text
-import json
 import re
 import statistics
 from pathlib import Path
