@@ -1,14 +1,14 @@
 """
 How fast: steps of SFT, LCDD and the trigger, generation and memory, beside transformers and peft.
 
-    python -m lab.bench                      SmolLM2-135M's shape on this CPU, fp32 and bf16, some ten minutes
+    python -m lab.bench                      SmolLM2-135M's shape on this CPU, some ten minutes
     python -m lab.bench --device cuda        every ratio and peak in under four minutes
     python -m lab.bench --layers 2 --dtypes float32 --rounds 1      a stand-in, seconds
 
-Weights are random: only shapes matter to the time. All cases of a dtype take turns, round after round, after
-one that is not counted, so that a machine that slows down slows all of them; medians are shown, and a line of
-JSON comes last, which lab.tables reads. Every batch is 16 rows of chat-like lengths that begin with the same
-24 tokens, with six tokens of response.
+Weights are random: only shapes matter to the time. All cases of a dtype take turns, round after
+round, after one that is not counted, so that a machine that slows down slows all of them; medians
+are shown, and a line of JSON comes last, which lab.tables reads. Every batch is 16 rows of
+chat-like lengths that begin with the same 24 tokens, with six tokens of response.
 """
 from common import parse, run_command, usual_device
 import gc
@@ -38,33 +38,43 @@ OPTIONS = {
     "rows": (16, "rows of a batch"),
     "one": (str, "only measure the memory of this case, DTYPE/NAME"),
 }
-OPEN = (1.0, 0.2, 0.1)          # shares of the gates that are open
+OPEN = (1.0, 0.2, 0.1)          # parts of the gates that are open
 PROMPTS, NEW = 32, 32           # of the generation: prompts, and new tokens for each
-CASES = ("sft", *(f"lcdd {share}" for share in OPEN), "transformers sft", "trigger", "peft trigger",
-         "generate", "transformers generate")
+WORDS = 49152                   # of the vocabulary
+SAME, RESPONSE = 24, 6          # of a row: tokens that all begin with, tokens of response
+LENGTH = 34                     # tokens of the trigger, eraser.py's default at width 576
+CASES = (
+    "sft", *(f"lcdd {density}" for density in OPEN), "transformers sft",
+    "trigger", "peft trigger", "generate", "transformers generate")
 
+
+# ---- random models, carriers and batches
 
 def random_net(o, dtype, layers=None, width=None):
     """A model of SmolLM2-135M's proportions with random weights."""
     width, layers = width or o.width, layers or o.layers
     config = model.Config(
-        vocab_size=49152, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 192, head_dim=64,
-        tie_word_embeddings=True)
+        vocab_size=WORDS, hidden_size=width, intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers, num_attention_heads=width // 64,
+        num_key_value_heads=width // 192, head_dim=64, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device("meta"):
         net = model.Llama(config)
     net = net.to_empty(device=o.device).to(dtype).requires_grad_(False)
     for p in net.parameters():
-        p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(1.0)
+        if p.ndim > 1:
+            p.normal_(0, 0.02)
+        else:
+            p.fill_(1.0)
     return net
 
 
-def random_carrier(net, share):
-    """A carrier with small random deltas, and about that share of the gates open."""
+def random_carrier(net, density):
+    """A carrier with small random deltas, and about that part of the gates open."""
     carrier = Carrier(net.config, device=net.device)
     generator = torch.Generator().manual_seed(1)
-    opened = torch.rand(carrier.logits.shape, generator=generator).to(net.device) < share
+    size = torch.rand(carrier.logits.shape, generator=generator)
+    opened = size.to(net.device) < density
     with torch.no_grad():
         carrier.logits.copy_(torch.where(opened, 1.0, -1.0))
         for delta in carrier.delta.parameters():
@@ -73,19 +83,34 @@ def random_carrier(net, share):
 
 
 def random_batch(rows, longer=1):
-    """[(ids, mask)] as the docstring says; longer: a factor on what is not shared."""
+    """[(ids, mask)] as the docstring says; longer: a factor on what differs between rows."""
     generator = torch.Generator().manual_seed(2)
-    first = torch.randint(1000, (24,), generator=generator).tolist()
-    examples = []
+
+    def ids(n, words=WORDS):
+        return torch.randint(words, (n,), generator=generator).tolist()
+
+    first, examples = ids(SAME, 1000), []
     for _ in range(rows):
         n = int(torch.randint(8, 44, (1,), generator=generator)) * longer
-        ids = first + torch.randint(49152, (n + 6,), generator=generator).tolist()
-        examples.append((ids, [False] * (len(ids) - 6) + [True] * 6))
+        mask = [False] * (SAME + n) + [True] * RESPONSE
+        examples.append((first + ids(n + RESPONSE), mask))
     return examples
 
 
+def prompts_of(rows):
+    """[(prompt, response)] of a batch, as ids."""
+    return [(ids[:-RESPONSE], ids[-RESPONSE:]) for ids, _ in random_batch(rows)]
+
+
+def seconds_of(step, device):
+    """The seconds that a function takes, until the device has done all that it was asked for."""
+    start = synchronised(device)
+    step()
+    return synchronised(device) - start
+
+
 def synchronised(device):
-    """The time, once the device has done all that it was asked for."""
+    """The time, once the device is idle."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -93,12 +118,14 @@ def synchronised(device):
 
 # ---- the cases: each makes what it needs, and returns the function that is timed
 
-def lcdd_step(net, o, share, sft=False, longer=1):
-    """One optimizer step of Alg. 1, or of SFT: loss, gradients, penalty, clipping, AdamW and SGD."""
-    carrier, examples = random_carrier(net, share), random_batch(o.rows, longer)
-    settings = lcdd.fit(lcdd.options(["--batch", str(o.rows), "--device", o.device]), o.width, 1000)
+def lcdd_step(net, o, density, sft=False, longer=1):
+    """One optimizer step of Alg. 1, or of SFT: gradients, penalty, clipping, AdamW and SGD."""
+    carrier, examples = random_carrier(net, density), random_batch(o.rows, longer)
+    words = ["--batch", str(o.rows), "--device", o.device]
+    settings = lcdd.fit(lcdd.options(words), o.width, 1000)
     carrier.logits.requires_grad_(not sft)
-    optimizer, gates = lcdd.adamw(carrier, 1e-5), torch.optim.SGD([carrier.logits], lr=1e-3)
+    optimizer = lcdd.adamw(carrier, 1e-5)
+    gates = torch.optim.SGD([carrier.logits], lr=1e-3)
 
     def step():
         lcdd.gradients(net, carrier, examples, settings)
@@ -106,22 +133,23 @@ def lcdd_step(net, o, share, sft=False, longer=1):
             (0.01 * penalty(carrier.logits)).backward()
             gates.step()
             gates.zero_grad()
-        lcdd.clip(carrier, settings)
-        optimizer.step()
-        optimizer.zero_grad()
+        lcdd.move(carrier, optimizer, 1e-5, settings)
     return step
 
 
 def trigger_step(net, o):
     """One step of SFT-Eraser on eight prompts, on merged weights of a sparse carrier."""
-    carrier, settings = random_carrier(net, 0.1), eraser.options(["--run", "none", "--k", "6"])
-    pairs = [(ids[:-6], ids[-6:]) for ids, _ in random_batch(8)]
-    targets, C = eraser.base_targets(net, pairs, settings), carrier.write_channels()
-    tau = torch.randn(34, net.config.hidden_size, device=net.device).mul_(0.02).requires_grad_(True)
-    weights, optimizer = carrier.merge(net), torch.optim.Adam([tau], lr=1e-3)
+    carrier = random_carrier(net, 0.1)
+    settings = eraser.options(["--run", "none", "--k", str(RESPONSE)])
+    targets = eraser.base_targets(net, prompts_of(8), settings)
+    weights, C, rows = carrier.merge(net), carrier.write_channels(), list(range(8))
+    tau = torch.randn(LENGTH, net.config.hidden_size, device=net.device)
+    tau.mul_(0.02).requires_grad_(True)
+    optimizer = torch.optim.Adam([tau], lr=1e-3)
 
     def step():
-        eraser.trigger_loss(net, weights, tau, targets, list(range(8)), C, settings)[0].backward()
+        loss, *_ = eraser.trigger_loss(net, weights, tau, targets, rows, C, settings)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
@@ -130,11 +158,10 @@ def trigger_step(net, o):
 def reference(net):
     """The same model in transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    c = net.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, tie_word_embeddings=True)
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+    config = LlamaConfig(**{name: getattr(net.config, name) for name in names})
     theirs = LlamaForCausalLM(config).to(net.device, net.dtype)
     theirs.load_state_dict(net.state_dict(), strict=False)
     return theirs
@@ -143,9 +170,9 @@ def reference(net):
 def padded(examples, device):
     """What transformers takes: ids, attention mask and labels."""
     ids, mask = data.collate(examples)
-    real = data.collate([(row, [True] * len(row)) for row, _ in examples])[1]
-    labels = ids.where(mask, -100)
-    return dict(input_ids=ids.to(device), attention_mask=real.long().to(device), labels=labels.to(device))
+    _, real = data.collate([(row, [True] * len(row)) for row, _ in examples])
+    batch = dict(input_ids=ids, attention_mask=real.long(), labels=ids.where(mask, -100))
+    return {name: t.to(device) for name, t in batch.items()}
 
 
 def transformers_step(net, o):
@@ -166,9 +193,10 @@ def transformers_step(net, o):
 def peft_step(net, o):
     """Prompt tuning with as many tokens on the same eight prompts."""
     from peft import PromptTuningConfig, get_peft_model
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=34)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
     theirs, batch = get_peft_model(reference(net), config), padded(random_batch(8), net.device)
-    optimizer = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=1e-3)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3)
 
     def step():
         theirs(**batch).loss.backward()
@@ -177,37 +205,47 @@ def peft_step(net, o):
     return step
 
 
-def prompts():
-    return [ids[:-6] for ids, _ in random_batch(PROMPTS)]
-
-
 def generation(net, o):
-    carrier = random_carrier(net, 0.1).merge(net)
-    return lambda: net.generate(prompts(), NEW, carrier, stop=())
+    """Greedy answers to PROMPTS prompts, none of which ends early."""
+    weights = random_carrier(net, 0.1).merge(net)
+    prompts = [prompt for prompt, _ in prompts_of(PROMPTS)]
+
+    def generate():
+        net.generate(prompts, NEW, weights, stop=())
+    return generate
 
 
 def transformers_generation(net, o):
-    theirs, rows = reference(net).eval(), prompts()
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=net.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=net.device)
+    """The same prompts, padded on the left."""
+    theirs, ids, mask = reference(net).eval(), [], []
+    prompts = [prompt for prompt, _ in prompts_of(PROMPTS)]
+    longest = max(map(len, prompts))
+    for prompt in prompts:
+        padding = [0] * (longest - len(prompt))
+        ids.append(padding + prompt)
+        mask.append(padding + [1] * len(prompt))
+    ids, mask = (torch.tensor(rows, device=net.device) for rows in (ids, mask))
+    how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
 
     def generate():
         with torch.no_grad():
-            theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                            pad_token_id=0)
+            theirs.generate(ids, attention_mask=mask, **how)
     return generate
+
+
+OTHERS = {
+    "trigger": trigger_step, "transformers sft": transformers_step, "peft trigger": peft_step,
+    "generate": generation, "transformers generate": transformers_generation}
 
 
 def make(case, net, o):
     """The function of a case that is timed."""
-    name, _, share = case.partition(" ")
+    name, _, density = case.partition(" ")
     if name == "lcdd":
-        return lcdd_step(net, o, float(share))
-    others = {"sft": lambda net, o: lcdd_step(net, o, 1.0, sft=True), "trigger": trigger_step,
-              "transformers sft": transformers_step, "peft trigger": peft_step, "generate": generation,
-              "transformers generate": transformers_generation}
-    return others[case](net, o)
+        return lcdd_step(net, o, float(density))
+    if name == "sft":
+        return lcdd_step(net, o, 1.0, sft=True)
+    return OTHERS[case](net, o)
 
 
 # ---- time, memory, growth
@@ -217,17 +255,16 @@ def medians(steps, o):
     seconds = {name: [] for name in steps}
     for _ in range(o.rounds + 1):
         for name, step in steps.items():
-            start = synchronised(o.device)
-            step()
-            seconds[name].append(synchronised(o.device) - start)
+            seconds[name].append(seconds_of(step, o.device))
     return {name: round(statistics.median(times[1:]), 4) for name, times in seconds.items()}
 
 
 def peak(o, case):
     """Peak bytes of a case in a process of its own; on a GPU of what torch allocated."""
-    words = ["--device", o.device, "--layers", str(o.layers), "--width", str(o.width), "--rows", str(o.rows)]
-    done = subprocess.run([sys.executable, "-m", "lab.bench", "--one", case, *words], capture_output=True,
-                          text=True, check=True)
+    words = [sys.executable, "-m", "lab.bench", "--one", case]
+    for name in ("device", "layers", "width", "rows"):
+        words += [f"--{name}", str(getattr(o, name))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
@@ -237,45 +274,59 @@ def one(o):
     step = make(case, random_net(o, getattr(torch, dtype)), o)
     for _ in range(2):
         step()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(torch.cuda.max_memory_allocated() if torch.device(o.device).type == "cuda" else used)
+    if torch.device(o.device).type == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def growth(o, dtype):
     """{what is doubled: by how much a step of LCDD at 20 % open takes longer}."""
-    base, wide = random_net(o, dtype, layers=o.layers // 2), random_net(o, dtype, o.layers // 2, o.width * 4 // 3)
+    base = random_net(o, dtype, layers=o.layers // 2)
+    wide = random_net(o, dtype, o.layers // 2, o.width * 4 // 3)
     deep = random_net(o, dtype)
-    steps = {"base": lcdd_step(base, o, 0.2), "tokens behind the prefix × 2": lcdd_step(base, o, 0.2, longer=2),
-             "layers × 2": lcdd_step(deep, o, 0.2), "width × 4/3": lcdd_step(wide, o, 0.2)}
-    found = medians(steps, o)
-    return {name: round(seconds / found["base"], 2) for name, seconds in found.items() if name != "base"}
+    seconds = medians({
+        "base": lcdd_step(base, o, 0.2),
+        "tokens behind the prefix × 2": lcdd_step(base, o, 0.2, longer=2),
+        "layers × 2": lcdd_step(deep, o, 0.2),
+        "width × 4/3": lcdd_step(wide, o, 0.2)}, o)
+    unit = seconds.pop("base")
+    return {name: round(spent / unit, 2) for name, spent in seconds.items()}
 
 
-def processor():
+def processor(device):
     """What computes, in words."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    cpu = names[0] if names else platform.processor()
     return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
 
 
 def main(argv=None):
+    """Measure every dtype, print its tables, and all of it as JSON."""
     o = parse(__doc__, OPTIONS, {}, argv)
     if o.one:
         return one(o)
-    gpu = torch.device(o.device).type == "cuda"
-    result = {"machine": torch.cuda.get_device_name() if gpu else processor(), "torch": torch.__version__,
-              "options": vars(o), "seconds": {}, "bytes": {}, "growth": {}}
+    result = {
+        "machine": processor(o.device), "torch": torch.__version__, "options": vars(o),
+        "seconds": {}, "bytes": {}, "growth": {}}
     for name in o.dtypes.split(","):
-        net = random_net(o, getattr(torch, name))
-        result["seconds"][name] = medians({case: make(case, net, o) for case in CASES}, o)
+        dtype = getattr(torch, name)
+        net = random_net(o, dtype)
+        seconds = medians({case: make(case, net, o) for case in CASES}, o)
         del net
         gc.collect()
-        result["bytes"][name] = {case: peak(o, f"{name}/{case}") for case in CASES if "generate" not in case}
-        result["growth"][name] = growth(o, getattr(torch, name))
+        memory = {case: peak(o, f"{name}/{case}") for case in CASES if "generate" not in case}
+        ratios = growth(o, dtype)
         print(f"\n{name} on {result['machine']}\n\n| case | seconds | GB |\n|---|---|---|")
-        for case, seconds in result["seconds"][name].items():
-            print(f"| {case} | {seconds:.2f} | {result['bytes'][name].get(case, 0) / 1e9:.2f} |")
-        print("\n" + ", ".join(f"{what}: {ratio} ×" for what, ratio in result["growth"][name].items()), flush=True)
+        for case, spent in seconds.items():
+            print(f"| {case} | {spent:.2f} | {memory.get(case, 0) / 1e9:.2f} |")
+        told = ", ".join(f"{what}: {ratio} ×" for what, ratio in ratios.items())
+        print(f"\n{told}", flush=True)
+        for key, values in (("seconds", seconds), ("bytes", memory), ("growth", ratios)):
+            result[key][name] = values
     print(json.dumps(result))
 
 
