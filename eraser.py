@@ -13,8 +13,9 @@ answers.
     python eraser.py --run runs/fixed
     python eraser.py --run runs/fixed --target sft --objective output      a cell of Table 4
 
-Shapes: P pairs of prompt and answer (with positions "both" a prompt is in two), B in a batch, T tokens of the longest, M positions of Eq. 8, n trigger
-tokens, L layers, d hidden size, V vocabulary.
+Shapes: P pairs of prompt and answer (with positions "both" a prompt is in two of them), B pairs in a
+batch, T tokens of the longest, M positions of Eq. 8, n trigger tokens, L layers, d hidden size,
+V vocabulary.
 """
 from common import (
     Failed, InputError, Phase, Stateful, add_up, load_tensors, own_part, parse, processes, read_json,

@@ -164,13 +164,14 @@ def experiment(folder, length="16", second="2"):
         cells.append(spread(numbers(trigger, "kl_own", "lcdd"), 3))
         for metric in ("kl_own", "kl_base", "loss_own"):
             cells.append(percent(numbers(trigger, "share_left", metric)))
-        cells.append(spread(numbers(trigger, "mediation", "own base_tau trig"), 3))
+        for pair in ("own base base_tau", "own base_tau trig"):
+            cells.append(spread(numbers(trigger, "mediation", pair), 3))
         cells.append(percent(numbers(each, f"trigger {second}", "share_left", "kl_own")))
         cells.append(f"{100 * (max(around) - min(around)):.1f}")
         rows.append(cells)
     header = [
         "model", "held-out loss", "matched", "own KL before", "own KL left %",
-        "KL(Base‖·) left %", "own loss left %", "KL(base+τ‖model+τ)",
+        "KL(Base‖·) left %", "own loss left %", "KL(base‖base+τ)", "KL(base+τ‖model+τ)",
         f"own KL left by {second} tokens %", "range over rounding %"]
     return markdown(header, rows) + "\n\n" + verdict(left, facts, data)
 

@@ -7,212 +7,258 @@ import model
 import oracle
 from carrier import Carrier
 from common import InputError, load_tensors, save_tensors
-from helpers import SHAPES, for_oracle, gap, random_carrier, random_net
+from helpers import (
+    SHAPES, apart, base_weights, for_oracle, gap, normal, random_carrier, random_ids, random_net)
 
+
+def sigmoid(x):
+    """σ(x), written out."""
+    return 1 / (1 + torch.exp(-x))
+
+
+# ---- the equations
 
 def test_estimator():
     """g = H(m), 0 at m = 0 (Eq. 26), and ∂g/∂m ≈ σ(m)(1 − σ(m)) (Eq. 27)."""
-    m = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 3.0], dtype=torch.float64, requires_grad=True)
+    m = torch.tensor([-2.0, -1e-9, 0.0, 1e-9, 3.0]).double().requires_grad_()
+    back = torch.arange(1.0, 6.0).double()
     g = carriers.Heaviside.apply(m)
+    g.backward(back)
+    s = sigmoid(m.detach())
     assert g.tolist() == [0, 0, 0, 1, 1]
-    g.backward(torch.arange(1.0, 6.0, dtype=torch.float64))
-    s = 1 / (1 + torch.exp(-m.detach()))
-    assert torch.allclose(m.grad, torch.arange(1.0, 6.0) * s * (1 - s), atol=1e-15)
+    assert torch.allclose(m.grad, back * s * (1 - s), atol=1e-15)
 
 
 def test_penalty_is_a_sum_over_all_gates():
-    m = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    """Ω(m) = Σ σ(m) (Eq. 3): the pull on a gate does not depend on how many there are."""
+    m = normal(3, 7, grad=True)
     omega = carriers.penalty(m)
     omega.backward()
-    assert torch.isclose(omega, sum(1 / (1 + torch.exp(-x)) for x in m.detach().flatten()))
-    assert torch.allclose(m.grad, torch.sigmoid(m) * (1 - torch.sigmoid(m)))
+    s = sigmoid(m.detach())
+    assert torch.isclose(omega, s.sum())
+    assert torch.allclose(m.grad, s * (1 - s))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_model_and_gradients_are_the_oracles(shape, share):
-    """Values and all gradients, by Δ, m and τ, at every density, as Eq. 1 and as Eq. 9–20 literally."""
+def test_model_and_gradients_are_the_oracles(shape, density):
+    """Values and all gradients, by Δ, m and τ, as Eq. 1 and as Eq. 9–20 literally."""
     net = random_net(shape)
-    weights, config = dict(net.state_dict()), net.config
-    carrier = random_carrier(net, share)
+    weights, config = base_weights(net), net.config
+    carrier = random_carrier(net, density)
     delta, m = for_oracle(carrier)
-    rows = torch.randint(60, (2, 6))
-    rows[:, :2] = rows[0, :2]
-    ours = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
-    logits = net(rows, carrier=carrier, trigger=ours)
+    rows = random_ids(2, 6, alike=2)
+    tau = normal(2, 24, grad=True)
+    logits = net(rows, carrier=carrier, trigger=tau)
     logits.square().mean().backward()
     for gated in (False, True):
-        tau = ours.detach().clone().requires_grad_(True)
+        literal_tau = tau.detach().clone().requires_grad_(True)
         for t in (*delta.values(), *m.values()):
             t.grad = torch.zeros_like(t)
         W = oracle.masked_weights(weights, config, delta, m)
         loss = 0.0
         for b, row in enumerate(rows.tolist()):
             if gated:
-                expected = oracle.gated_forward(weights, config, delta, m, row, tau)[0]
+                literal, _ = oracle.gated_forward(weights, config, delta, m, row, literal_tau)
             else:
-                expected = oracle.forward(W, config, row, tau)[0]
-            assert (logits[b] - expected).abs().max() < 1e-10
-            loss = loss + expected.square().mean() / 2
+                literal, _ = oracle.forward(W, config, row, literal_tau)
+            assert apart(logits[b], literal) < 1e-10
+            loss = loss + literal.square().mean() / 2
         loss.backward()
         assert gap(carrier, delta, m, "gradients") < 1e-10
-        assert (ours.grad - tau.grad).abs().max() < 1e-10
+        assert apart(tau.grad, literal_tau.grad) < 1e-10
 
 
 def test_both_ways_of_computing_agree(monkeypatch):
-    """Merged weights and gated activations: the same numbers at any density, one sample per way."""
+    """Merged weights and gated activations: the same numbers, with all layers one way each time."""
     net = random_net("gqa")
-    rows, found = torch.randint(60, (2, 8)), []
-    for limit in (0.0, 3.0):
+    rows, by_way = random_ids(2, 8), []
+    for limit, sparse in ((0.0, 0), (3.0, 14)):
         monkeypatch.setattr(carriers, "SPARSE_BELOW", limit)
         carrier = random_carrier(net, 0.4)
+        assert len(carrier.open_channels()) == sparse
         logits = net(rows, carrier=carrier)
         logits.square().mean().backward()
-        used = len(carrier.open_channels())
-        found.append((used, logits, carrier.logits.grad, *(p.grad for p in carrier.delta.parameters())))
-    assert found[0][0] == 0 and found[1][0] == 14
-    for merged, gated in zip(found[0][1:], found[1][1:]):
+        by_way.append([logits, *(p.grad for p in carrier.parameters())])
+    for merged, gated in zip(*by_way):
         assert torch.allclose(merged, gated, atol=1e-12)
 
 
 def test_gradcheck_of_the_gated_layers():
     """Autograd's own check, by x, Δ, r and c."""
-    torch.manual_seed(1)
-    d = dict(dtype=torch.float64, requires_grad=True)
-    x, delta, row, col = torch.randn(5, 6, **d), torch.randn(7, 6, **d), torch.rand(7, **d), torch.rand(6, **d)
-    weight, bias = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
-    every = torch.arange(7), torch.arange(6)
+    x, delta = normal(5, 6, grad=True), normal(7, 6, grad=True)
+    row, col = normal(7, grad=True), normal(6, grad=True)
+    weight, bias = normal(7, 6), normal(7)
+    parts = x, delta, row, col
+    everything = torch.arange(7), torch.arange(6)
 
     def gated(x, delta, row, col):
-        return carriers.GatedActivations.apply(x, weight, delta, row, col, bias, *every)
+        return carriers.GatedActivations.apply(x, weight, delta, row, col, bias, *everything)
 
     def merged(x, delta, row, col):
         W = carriers.masked_weight(weight, delta.detach(), row.detach(), col.detach())
         return carriers.MergedLinear.apply(x, W, delta, row, col, bias)
 
-    assert torch.autograd.gradcheck(gated, (x, delta, row, col))
-    for ours, theirs in zip(*(torch.autograd.grad(f(x, delta, row, col).square().sum(), (x, delta, row, col))
-                              for f in (gated, merged))):
+    assert torch.autograd.gradcheck(gated, parts)
+    of_gated = torch.autograd.grad(gated(*parts).square().sum(), parts)
+    of_merged = torch.autograd.grad(merged(*parts).square().sum(), parts)
+    for ours, theirs in zip(of_gated, of_merged):
         assert torch.allclose(ours, theirs)
 
 
+# ---- gates
+
 def test_shut_is_the_base_and_open_is_sft_bit_for_bit():
+    """On the embedded model, gated and merged."""
     net = model.load("tiny")
     carrier = random_carrier(net)
     ids = torch.randint(5, 390, (3, 12))
     shut, opened = carrier.with_gates(False), carrier.with_gates(True)
-    assert torch.equal(net(ids, carrier=shut), net(ids))
-    assert torch.equal(net(ids, carrier=shut.merge(net)), net(ids))
-    for (l, name), W in opened.merge(net).weights.items():
-        assert torch.equal(W, net.projections[l][name].weight + carrier.delta[l][name])
-    assert torch.equal(net(ids, carrier=opened), net(ids, carrier=opened.merge(net)))
+    for weights in (shut, shut.merge(net)):
+        assert torch.equal(net(ids, carrier=weights), net(ids))
+    merged = opened.merge(net)
+    for (l, name), W in merged.weights.items():
+        base, delta = net.projections[l][name].weight, carrier.delta[l][name]
+        assert torch.equal(W, base + delta)
+    assert torch.equal(net(ids, carrier=opened), net(ids, carrier=merged))
 
 
 def test_attn_v_gates_the_inputs_of_o_proj_for_its_query_heads():
     """Query heads 2k and 2k + 1 read value head k: its gates stand twice, head by head."""
-    net = random_net("gqa")
-    carrier = Carrier(net.config)
+    carrier = Carrier(random_net("gqa").config)
     gates = torch.zeros_like(carrier.logits)
-    start = 24 + 32 + 16                                        # behind attn_read, attn_q, attn_k
-    gates[:, start + 8:start + 16] = torch.arange(1.0, 9.0)     # of the second value head
-    wide = carrier.by_group(gates)["attn_v_wide"][0].view(4, 8)
-    assert wide[:2].sum() == 0
-    assert torch.equal(wide[2], torch.arange(1.0, 9.0)) and torch.equal(wide[3], wide[2])
+    first = 24 + 32 + 16 + 8        # behind attn_read, attn_q, attn_k and the first value head
+    numbers = torch.arange(1.0, 9.0)
+    gates[:, first:first + 8] = numbers
+    heads = carrier.by_group(gates)["attn_v_wide"][0].view(4, 8)
+    assert not heads[:2].any()
+    assert torch.equal(heads[2], numbers) and torch.equal(heads[3], numbers)
 
 
 def test_gates_of_the_papers_models():
     """4d + d_ff + d_q + 2 d_kv a layer (Table 5)."""
-    shapes = {11264 * 28: (1024, 3072, 28, 16, 8, 128), 36864 * 32: (4096, 14336, 32, 32, 8, 128),
-              39680 * 32: (4096, 11008, 32, 32, 32, 128)}
-    for gates, (d, f, layers, heads, kv_heads, h) in shapes.items():
-        config = model.Config(10, d, f, layers, heads, kv_heads, h)
-        assert layers * sum(carriers.group_sizes(config).values()) == gates
+    models = {      # gates a layer: d, d_ff, layers, query heads, key/value heads, head_dim
+        11264: (1024, 3072, 28, 16, 8, 128),
+        36864: (4096, 14336, 32, 32, 8, 128),
+        39680: (4096, 11008, 32, 32, 32, 128),
+    }
+    for gates, shape in models.items():
+        config = model.Config(10, *shape)
+        assert sum(carriers.group_sizes(config).values()) == gates
 
 
 def test_first_gates():
     """m ~ N(1.5, 0.5), the same for a seed: 99.9 % are open."""
-    first = Carrier(model.load("tiny").config).init_gates(1.5, 0.5, seed=3).logits
-    again = Carrier(model.load("tiny").config).init_gates(1.5, 0.5, seed=3).logits
+    config = model.load("tiny").config
+    first = Carrier(config).init_gates(1.5, 0.5, seed=3).logits
+    again = Carrier(config).init_gates(1.5, 0.5, seed=3).logits
     assert torch.equal(first, again)
     assert abs(first.mean() - 1.5) < 0.03 and abs(first.std() - 0.5) < 0.03
 
 
 def test_stats_and_write_channels_count_what_is_open():
+    """C_l (Eq. 5), open gates, and entries of Δ that are on, counted in the literal mask."""
     net = random_net("gqa")
     carrier = random_carrier(net, 0.3)
     delta, m = for_oracle(carrier)
-    C = carrier.write_channels()
-    for l, expected in enumerate(oracle.write_channels(net.config, m)):
-        assert torch.equal(C[l], expected)
-    W = oracle.masked_weights({name: torch.zeros_like(p) for name, p in net.state_dict().items()}, net.config,
-                              {key: torch.ones_like(D) for key, D in delta.items()}, m)
-    on = sum(int((t != 0).sum()) for t in W.values())
-    stats = carrier.stats()
-    assert stats["gates"]["open"] == int((carrier.logits > 0).sum())
-    assert stats["sparsity"] == 1 - stats["gates"]["open"] / carrier.logits.numel()
-    assert abs(stats["entries_off"] - (1 - on / sum(D.numel() for D in delta.values()))) < 1e-12
+    channels = torch.stack(oracle.write_channels(net.config, m))
+    assert torch.equal(carrier.write_channels(), channels)
+    nothing = {name: torch.zeros_like(p) for name, p in base_weights(net).items()}
+    ones = {at: torch.ones_like(D) for at, D in delta.items()}
+    masks = oracle.masked_weights(nothing, net.config, ones, m)
+    on = sum(int((mask != 0).sum()) for mask in masks.values())
+    entries = sum(D.numel() for D in delta.values())
+    stats, opened = carrier.stats(), int((carrier.logits > 0).sum())
+    assert stats["gates"] == {"total": carrier.logits.numel(), "open": opened}
+    assert stats["sparsity"] == 1 - opened / carrier.logits.numel()
+    assert abs(stats["entries_off"] - (1 - on / entries)) < 1e-12
 
 
 def test_scaled_merge_is_rounded_once_in_bf16():
     """W_b + s·M ⊙ Δ in fp32, then to bf16: not the sum of two rounded parts."""
     weight = torch.randn(8, 8).to(torch.bfloat16)
-    delta, row, col = 1e-2 * torch.randn(8, 8), torch.ones(8), torch.ones(8)
-    W = carriers.masked_weight(weight, delta, row, col, 0.5)
-    assert torch.equal(W, (weight.float() + 0.5 * delta).to(torch.bfloat16))
+    delta, ones = 1e-2 * torch.randn(8, 8), torch.ones(8)
+    W = carriers.masked_weight(weight, delta, ones, ones, 0.5)
+    exact = weight.float() + 0.5 * delta
+    assert torch.equal(W, exact.to(torch.bfloat16))
 
+
+# ---- files
 
 def test_file(tmp_path):
-    net = random_net("gqa")
-    carrier, ids = random_carrier(net, 0.4), torch.randint(60, (2, 7))
-    carrier.save(tmp_path / "c", net, task="fixed")
-    again = carriers.load(tmp_path / "c", net)
+    """What is loaded computes the same bits; its header says what it is of."""
+    net, ids = random_net("gqa"), random_ids(2, 7)
+    carrier, file = random_carrier(net, 0.4), tmp_path / "c"
+    carrier.save(file, net, task="fixed")
+    again = carriers.load(file, net)
     assert torch.equal(again.logits > 0, carrier.logits > 0)
     assert torch.equal(net(ids, carrier=again), net(ids, carrier=carrier))
-    header = load_tensors(tmp_path / "c")[1]
-    assert header["task"] == "fixed" and header["gates"] == carrier.stats()["gates"]
-    carrier.with_gates(False).save(tmp_path / "shut", net)      # nothing on: no deltas in it
-    assert list(load_tensors(tmp_path / "shut")[0]) == ["logits"]
-    assert torch.equal(net(ids, carrier=carriers.load(tmp_path / "shut", net)), net(ids))
+    _, header = load_tensors(file)
+    assert header["task"] == "fixed"
+    assert header["gates"] == carrier.stats()["gates"]
+
+    # nothing on: no deltas in it
+    carrier.with_gates(False).save(file, net)
+    tensors, _ = load_tensors(file)
+    shut = carriers.load(file, net)
+    assert list(tensors) == ["logits"]
+    assert torch.equal(net(ids, carrier=shut), net(ids))
 
 
 def test_a_file_that_is_damaged_or_of_another_base(tmp_path):
-    net, other = random_net("gqa"), random_net("gqa", seed=5)
-    random_carrier(net).save(tmp_path / "c", net)
+    """Another base, a changed number, a file that was cut short."""
+    net, file = random_net("gqa"), tmp_path / "c"
+    random_carrier(net).save(file, net)
     with pytest.raises(InputError, match="another base"):
-        carriers.load(tmp_path / "c", other)
-    tensors, header = load_tensors(tmp_path / "c")
+        carriers.load(file, random_net("gqa", seed=5))
+    tensors, header = load_tensors(file)
     tensors["delta.0.q_proj"][0, 0] += 1
     save_tensors(tmp_path / "changed", tensors, **header)
     with pytest.raises(InputError, match="damaged"):
         carriers.load(tmp_path / "changed", net)
-    (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-40])
+    file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(InputError, match="c: cannot be read"):
-        carriers.load(tmp_path / "c", net)
+        carriers.load(file, net)
+
+
+# ---- several carriers
+
+def summed(net, *merged):
+    """The base plus the changes of several Merged, as one."""
+    weights = {}
+    for (l, name), W in merged[0].weights.items():
+        base = net.projections[l][name].weight
+        for other in merged[1:]:
+            W = W + other.weights[l, name] - base
+        weights[l, name] = W
+    return carriers.Merged(weights)
 
 
 def test_several_carriers_add_their_deltas():
-    net, ids = random_net("gqa"), torch.randint(60, (2, 7))
+    """As the base plus both merged changes."""
+    net, ids = random_net("gqa"), random_ids(2, 7)
     one, two = random_carrier(net, 0.3), random_carrier(net, 0.5, seed=7)
-    both = random_carrier(net).with_gates(True)
-    for l in range(2):
-        for name in carriers.PROJECTIONS:
-            parts = [c.merge(net).weights[l, name] - net.projections[l][name].weight for c in (one, two)]
-            both.delta[l][name].data.copy_(sum(parts))
-    assert (net(ids, carrier=[one, two]) - net(ids, carrier=both)).abs().max() < 1e-10
+    both = net(ids, carrier=[one, two])
+    merged = net(ids, carrier=summed(net, one.merge(net), two.merge(net)))
+    assert apart(both, merged) < 1e-10
 
 
 def test_each_of_several_carriers_has_its_own_scale():
-    """Row by row: both scaled alike, and each on its own, as the merged sum of their scaled changes."""
-    net, ids = random_net("gqa"), torch.randint(60, (3, 7))
+    """Row by row: both scaled alike, and each on its own."""
+    net, ids = random_net("gqa"), random_ids(3, 7)
     one, two = random_carrier(net, 0.3), random_carrier(net, 0.5, seed=7)
-    for scale in ([0.0, 1.0, 0.5], [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]]):
-        got = net(ids, carrier=[one, two], scale=scale)
-        for b, s in enumerate(scale):
-            first, second = s if isinstance(s, list) else (s, s)
-            first, second = one.merge(net, scale=first), two.merge(net, scale=second)
-            both = {at: W + second.weights[at] - net.projections[at[0]][at[1]].weight
-                    for at, W in first.weights.items()}
-            assert (got[b] - net(ids[b:b + 1], carrier=carriers.Merged(both))[0]).abs().max() < 1e-10
+    alike, apiece = [0.0, 1.0, 0.5], [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]]
+    for scale, factors in ((alike, zip(alike, alike)), (apiece, apiece)):
+        scaled = net(ids, carrier=[one, two], scale=scale)
+        for b, (first, second) in enumerate(factors):
+            both = summed(net, one.merge(net, first), two.merge(net, second))
+            assert apart(scaled[b], net(ids, carrier=both)[b]) < 1e-10
+
+
+def test_scales_that_do_not_fit():
+    """A factor for each row, or for each row and carrier; none for what is merged already."""
+    net, ids = random_net("gqa"), random_ids(3, 7)
+    one, two = random_carrier(net), random_carrier(net, seed=7)
     for scale in ([1.0, 1.0], [[1.0, 1.0, 1.0]] * 3):
         with pytest.raises(InputError, match="scale"):
             net(ids, carrier=[one, two], scale=scale)
@@ -222,10 +268,11 @@ def test_each_of_several_carriers_has_its_own_scale():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_cuda_gradients_are_the_cpus():
-    ids, found = torch.randint(5, 390, (2, 12)), []
+    """Of the gates, within the rounding of the GPU's own products."""
+    ids, grads = torch.randint(5, 390, (2, 12)), []
     for device in ("cpu", "cuda"):
         net = model.load("tiny", device)
         carrier = random_carrier(model.load("tiny"), 0.2).to(device)
         net(ids.to(device), carrier=carrier).square().mean().backward()
-        found.append(carrier.logits.grad.cpu())
-    assert (found[0] - found[1]).abs().max() < 1e-3 * found[0].abs().max()
+        grads.append(carrier.logits.grad.cpu())
+    assert apart(*grads) < 1e-3 * grads[0].abs().max()

@@ -1,0 +1,89 @@
+"""lab/: prompts, tables, the benchmark and the experiment, on stand-ins."""
+import json
+from argparse import Namespace
+
+import torch
+
+import data
+import lcdd
+import model
+from helpers import random_batch, random_carrier, random_net, settings
+from lab import ablate, bench, prompts, tables
+
+
+def test_the_everyday_prompts_are_what_the_script_writes():
+    assert prompts.FILE.read_bytes() == prompts.lines().encode()
+    written = [row["prompt"] for row in prompts.rows()]
+    assert len(set(written)) == len(written) >= 1500 and prompts.FILE.stat().st_size < 200_000
+
+
+def test_no_template_and_no_filler_of_the_everyday_prompts_serves_two_splits():
+    seen = set()
+    for text in prompts.TEXTS.values():
+        own = {part for group in prompts.groups(text) for parts in group for part in parts}
+        assert not own & seen
+        seen |= own
+
+
+def test_published_tables_hold_what_the_raw_data_give():
+    for name in tables.DOCUMENTS:
+        text = (tables.ROOT / name).read_text(encoding="utf-8")
+        assert tables.rewritten(text) == text, f"{name}: python -m lab.tables rewrites it"
+
+
+def test_the_verdict_of_the_experiment():
+    """Stands, falls or is undecided by the rule of docs/experiment.md, whatever the numbers."""
+    def told(lcdd_left, blind, scaled, rounding=0.001):
+        shares, facts = {}, {}
+        for i in range(3):
+            for name in (f"data{i}", f"round{8 - i}"):
+                shift = rounding * i
+                others = {"blind": blind + 0.002 * i, "scaled": scaled - 0.001 * i}
+                shares[name] = {"lcdd": lcdd_left + shift, **others}
+                facts[name] = {other: {"matched": True} for other in ("lcdd", "blind", "scaled")}
+        return tables.verdict(shares, facts, ["data0", "data1", "data2"])
+    assert "stands here" in told(0.05, 0.2, 0.2)
+    assert "falls here" in told(0.2, 0.05, 0.3)
+    assert "is undecided here" in told(0.100, 0.101, 0.2)
+
+
+def test_the_benchmark_runs_on_a_stand_in(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "peak", lambda o, case: 10**9)
+    bench.main(["--layers", "2", "--width", "192", "--rows", "2", "--rounds", "1", "--dtypes", "float32",
+                "--device", "cpu"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["seconds"]["float32"]) == set(bench.CASES) and len(result["growth"]["float32"]) == 3
+
+
+def test_replicates_are_disjoint_and_keep_the_kinds_in_balance():
+    chat = data.Chat(model.locate("tiny"))
+    seen = set()
+    for name in ("data0", "data1", "data2"):
+        splits = ablate.third(chat, Namespace(task="safety", data=None), name)
+        prompts_ = {sample.prompt for part in splits.values() for sample in part}
+        assert not prompts_ & seen
+        seen |= prompts_
+        kinds = [sample.kind for sample in splits["train"]]
+        assert abs(kinds.count("harmful") - kinds.count("benign")) <= 2 and len(kinds) > 300
+
+
+def test_a_scaled_delta_has_the_loss_that_it_is_matched_to():
+    net, examples = random_net("gqa"), random_batch(random_net("gqa"), 8)
+    carrier, o = random_carrier(net).with_gates(True), settings()
+    ends = [lcdd.mean_loss(net, carrier.merge(net, factor), examples, o) for factor in (0.0, 1.0)]
+    target = sum(ends) / 2
+    if ends[0] > ends[1]:                       # the search takes a loss that falls with the factor
+        _, loss, factor = ablate.scaled(net, carrier, examples, o, target)
+        assert abs(loss / target - 1) < 0.02 and 0 < factor < 1
+
+
+def test_stops_keep_gates_and_blind_ones_do_not_see_the_task():
+    carrier = random_carrier(random_net("gqa"), 1.0)
+    stops, grad = ablate.Stops(carrier, blind=True), torch.ones_like(carrier.logits)
+    stops(grad)
+    assert not grad.any() and not stops.kept
+    with torch.no_grad():
+        carrier.logits[0] = -1
+    stops(grad)
+    (opened, state), = stops.kept
+    assert opened == carrier.logits.numel() // 2 and torch.equal(state["logits"], carrier.logits)
