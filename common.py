@@ -143,7 +143,7 @@ def check_options(o):
                 raise InputError(f"{flag} {number}: has to be above 0")
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if o.device not in devices and (o.device != "cuda" or len(devices) == 1):
-        raise InputError(f"--device {o.device}: torch sees no such GPU here; use {devices}")
+        raise InputError(f"--device {o.device}: torch sees no such GPU here; use {devices[0]}")
 
 
 def usual_device():

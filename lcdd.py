@@ -480,7 +480,7 @@ def take_delta(net, carrier, o):
 def load_run(run, device, with_data=True):
     """
     Load a run directory: (options of the run, base model, Chat, splits or None). Raises InputError
-    if its data, tokenizer or base changed since, so that held-out prompts may not be held out.
+    if its data or tokenizer changed since, so that held-out prompts may not be held out.
     """
     if not Path(run, "carrier.safetensors").is_file():
         raise InputError(f"{run}: is no run directory that lcdd.py has finished")

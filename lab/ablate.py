@@ -45,8 +45,8 @@ OPTIONS = {
 }
 CLOSE = 0.25            # relative difference of losses that counts as matched
 PLAIN = dict(trigger=200, validation=50, test=200)      # sizes where the rows have no split
-# what a replicate's file holds of evaluate.py's results
 NOISE = 0.5             # of blind's first m: with lcdd's 0.02 all would shut within one step
+# what a replicate's file holds of evaluate.py's results
 MEASURES = ("rates", "kl_own", "kl_base", "loss_own", "share_left", "mediation", "ci")
 
 

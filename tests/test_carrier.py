@@ -153,6 +153,7 @@ def test_first_gates():
     first = Carrier(config).init_gates(1.5, 0.5, seed=3).logits
     again = Carrier(config).init_gates(1.5, 0.5, seed=3).logits
     assert torch.equal(first, again)
+    assert not torch.equal(first, Carrier(config).init_gates(1.5, 0.5, seed=4).logits)
     assert abs(first.mean() - 1.5) < 0.03 and abs(first.std() - 0.5) < 0.03
 
 
@@ -203,6 +204,14 @@ def test_file(tmp_path):
     shut = carriers.load(file, net)
     assert list(tensors) == ["logits"]
     assert torch.equal(net(ids, carrier=shut), net(ids))
+
+
+def test_a_carrier_fits_its_base_in_every_precision(tmp_path):
+    """Trained in fp32, used in bf16."""
+    net = model.load("tiny")
+    random_carrier(net, 0.4).save(tmp_path / "c", net)
+    carrier = carriers.load(tmp_path / "c", model.load("tiny", dtype=torch.bfloat16))
+    assert carrier.delta[0]["q_proj"].dtype == torch.float32
 
 
 def test_a_file_that_is_damaged_or_of_another_base(tmp_path):

@@ -155,6 +155,9 @@ def test_a_phase_is_logged_once_however_often_it_stops(tmp_path):
     assert again.total == 21 and torch.equal(again.sums, whole.sums)
     assert again.o == "options"
     assert common.read_rows(file) == rows
+    with Phase(tmp_path, "next", 7, 3) as phase:
+        phase.row(0, loss=1.0)
+    assert common.read_rows(file) == [*rows, {"phase": "next", "step": 0, "loss": 1.0}]
 
 
 def test_a_killed_phase_goes_on_from_its_last_saved_step(tmp_path):

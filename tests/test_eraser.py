@@ -1,5 +1,7 @@
 """eraser.py: Eq. 6–8, 28 and the optimisation against the oracle, then files and the command."""
 import math
+import os
+import signal
 from collections import namedtuple
 
 import pytest
@@ -31,9 +33,9 @@ def problem(**changed):
     return Problem(net, carrier, o, pairs, targets, carrier.merge(net), C)
 
 
-def learn(p, run):
-    """(τ, its loss) for a Problem, judged on the prompts that it is learned on."""
-    targets = p.targets, p.targets
+def learn(p, run, judge=None):
+    """(τ, its loss) for a Problem, judged on those targets, or on what it is learned on."""
+    targets = p.targets, judge or p.targets
     return eraser.learn(p.net, p.merged, *targets, p.C, p.o, run)
 
 
@@ -131,7 +133,8 @@ def test_channels_of_the_three_objectives():
     assert torch.equal(eraser.channels(carrier, "circuit"), C)
     assert not eraser.channels(carrier, "output").any()
     assert torch.equal(random.sum(1), C.sum(1))
-    assert not torch.equal(random, C)
+    others = eraser.channels(carrier, "random", seed=2)
+    assert not torch.equal(random, C) and not torch.equal(random, others)
 
 
 def test_both_answers_are_looked_at():
@@ -151,6 +154,7 @@ def test_both_answers_are_looked_at():
     dict(),
     dict(schedule="constant", raw=True, clip=0.0),
     dict(positions="final"),
+    dict(bound=0.9),
 ])
 def test_ten_steps_are_the_oracles(tmp_path, monkeypatch, changed):
     """τ after every step of Adam, its rate, clipping and projection, in the token norms' unit."""
@@ -161,7 +165,7 @@ def test_ten_steps_are_the_oracles(tmp_path, monkeypatch, changed):
         return [0.0] * 4
 
     monkeypatch.setattr(eraser, "judged", note)
-    learn(p, tmp_path)
+    learn(p, tmp_path, judge=eraser.base_targets(p.net, p.pairs[:3], p.o))
 
     # the same, literally
     unit = float(p.net.embedding.norm(dim=1).mean())
@@ -174,21 +178,22 @@ def test_ten_steps_are_the_oracles(tmp_path, monkeypatch, changed):
     for t, _ in enumerate(oracle.eraser(*q.model, tau, batches, *q.rest)):
         assert apart(tau, path[t + 1]) < 1e-10
     assert len(path) == 11
-    assert tau.norm(dim=1).max() <= p.o.bound * unit + 1e-9
+    assert torch.stack(path).norm(dim=2).max() <= p.o.bound * unit + 1e-9
 
 
 def test_the_trigger_that_was_judged_best_is_kept(tmp_path, monkeypatch):
     """τ as it stood when it was judged, not one step later, on all of the validation prompts."""
     p = problem(judge_every=2, steps=6)
     losses, path = iter([5.0, 3.0, 4.0, 6.0]), []
+    validation = eraser.base_targets(p.net, p.pairs[:3], p.o)
 
     def judged(net, weights, tau, judge, *others):
-        assert judge is p.targets
+        assert judge is validation
         path.append(tau.detach().clone())
         return [next(losses), 0.0, 0.0, 0.0]
 
     monkeypatch.setattr(eraser, "judged", judged)
-    best, lowest = learn(p, tmp_path)
+    best, lowest = learn(p, tmp_path, validation)
     assert lowest == 3.0 and torch.equal(best, path[1])
 
 
@@ -210,6 +215,35 @@ def test_an_interrupted_optimisation_goes_on_with_the_same_bits(tmp_path, monkey
     again, loss_again = learn(p, tmp_path)
     assert steps == list(range(8))
     assert torch.equal(again, tau) and loss_again == loss
+
+
+def test_the_best_so_far_outlives_an_interruption(tmp_path, monkeypatch):
+    """Nothing that is judged afterwards comes near it."""
+    p, path = problem(judge_every=3), []
+
+    def judged(net, weights, tau, *others):
+        path.append(tau.detach().clone())
+        if len(path) == 3:
+            os.kill(os.getpid(), signal.SIGINT)             # waits for the next step
+        return [[5.0, 1.0, 3.0, 4.0, 4.0][len(path) - 1], 0.0, 0.0, 0.0]
+
+    monkeypatch.setattr(eraser, "judged", judged)
+    with pytest.raises(KeyboardInterrupt):
+        learn(p, tmp_path)
+    best, lowest = learn(p, tmp_path)
+    assert len(path) == 5 and lowest == 1.0
+    assert torch.equal(best, path[1])
+
+
+def test_plain_numbers_are_taken_as_they_are(tmp_path):
+    """The paper's settings: the same τ as by ours in units of this model's token norms."""
+    p, run = problem(bound=0.9), tmp_path / "plain"
+    run.mkdir()
+    tau, loss = learn(p, tmp_path)
+    o, unit = p.o, float(p.net.embedding.norm(dim=1).mean())
+    plain = dict(bound=o.bound * unit, beta=o.beta / unit ** 2)
+    same, same_loss = learn(problem(absolute=True, lr=o.lr * unit / math.sqrt(24), **plain), run)
+    assert apart(tau, same) < 1e-10 and loss == pytest.approx(same_loss)
 
 
 def test_a_validation_loss_that_is_no_number_is_never_written(tmp_path, monkeypatch):

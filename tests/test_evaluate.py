@@ -12,7 +12,7 @@ import eraser
 import evaluate
 import lcdd
 import oracle
-from common import Failed, InputError, read_rows
+from common import Failed, InputError, load_tensors, read_rows, save_tensors
 from helpers import base_weights, long_name, normal, random_carrier, random_net, results_of
 
 CONDITIONS = ["base", "sft", "lcdd", "trig"]
@@ -63,7 +63,7 @@ def test_intervals():
 
 def test_share_left_is_a_ratio_of_means():
     """Prompts with an empty answer left out, and its interval."""
-    before, after = numbers(2, 4, NAN, 6), numbers(1, 1, 9, 1)
+    before, after = numbers(2, 4, NAN, 6, 9), numbers(1, 1, 9, 1, NAN)
     left, (low, high) = evaluate.share_left(after, before)
     assert left == 3 / 12
     assert 1 / 6 <= low < left < high <= 1 / 2
@@ -79,6 +79,10 @@ def test_no_infinity_where_nothing_was_there_to_be_left():
         "kl_base": {"lcdd": rare, "trig": rare / 2}}
     results = evaluate.results_of(values, [data.Sample("", "")] * 3)
     assert results["share_left"] == {"kl_base": 0.5}
+    # a trigger for plain SFT: of SFT's distance
+    values = {"kl_own": {"lcdd": one, "sft": 4 * one, "trig": one}}
+    results = evaluate.results_of(values, [data.Sample("", "")] * 3, "sft")
+    assert results["share_left"] == {"kl_own": 0.25}
     json.dumps(results, allow_nan=False)
 
 
@@ -87,6 +91,57 @@ def test_names_of_conditions_follow_the_target():
     assert evaluate.names_of("sft")["trig"] == "SFT + trigger"
     assert evaluate.names_of("base")["trig"] == "Base + trigger"
     assert evaluate.names_of("lcdd") == evaluate.NAMES
+
+
+def test_prompts_that_have_no_part_in_a_metric(finished):
+    """Benign ones in the rate, those without an answer in the accuracy; the end, if left out."""
+    o, net, chat, _ = lcdd.load_run(finished, "cpu")
+    samples = [data.Sample("What is 2 plus 3 ?", "", kind="harmful", answer="5"),
+               data.Sample("What is 4 plus 3 ?", "", kind="benign")]
+    _, conditions, _ = evaluate.conditions_of(finished, net)
+    del conditions["trig"]
+    _, values = evaluate.measure(net, chat, o, samples, conditions)
+    _, without = evaluate.measure(net, chat, o, samples, conditions, end=False)
+    for metric, there in (("rates", [1, 0]), ("accuracy", [1, 0]), ("shown", [1, 1])):
+        assert (~values[metric]["sft"].isnan()).tolist() == there
+    prompts = [chat.prompt(s.prompt) for s in samples]
+    for name, metric in (("base", "kl_own"), ("sft", "kl_base")):
+        answers = net.generate(prompts, o.max_new_tokens, conditions[name][0])
+        shorter = [evaluate.without_end(net, answer) for answer in answers]
+        for found, given in ((values, answers), (without, shorter)):
+            how = conditions, [("base", "lcdd")], None
+            nats = evaluate.teacher_forced(net, prompts, given, *how)
+            assert torch.allclose(found[metric]["lcdd"], nats["base", "lcdd"])
+    end = min(net.stop)
+    assert evaluate.without_end(net, [5, end]) == [5] and evaluate.without_end(net, [5]) == [5]
+
+
+def test_shut_gates_that_were_not_the_base_would_be_said(finished, monkeypatch):
+    """In the weights, and in the logits."""
+    _, net, _, _ = lcdd.load_run(finished, "cpu")
+    carrier = carriers.load(finished / "carrier.safetensors", net)
+    assert evaluate.gates_shut_is_base(net, carrier, [5, 6])
+    monkeypatch.setattr(carriers.Carrier, "with_gates", lambda carrier, value: carrier)
+    assert not evaluate.gates_shut_is_base(net, carrier, [5, 6])
+
+
+def test_a_trigger_for_plain_sft_stands_before_it(finished, tmp_path, monkeypatch):
+    """When it is learned and when it is measured."""
+    run, weights = shutil.copytree(finished, tmp_path / "r"), []
+
+    def learn(net, merged, *others):
+        weights.append(merged.weights[0, "q_proj"])
+        return torch.zeros(2, 128), 0.0
+
+    monkeypatch.setattr(eraser, "learn", learn)
+    words = ["--run", str(run), "--target", "sft", "--name", "t", "--device", "cpu"]
+    with pytest.raises(Failed, match="does not move the behaviour"):
+        eraser.main(words)
+    _, net, _, _ = lcdd.load_run(run, "cpu")
+    _, conditions, target = evaluate.conditions_of(run, net, "t")
+    sft, trig = conditions["sft"][0], conditions["trig"][0]
+    assert target == "sft" and trig is sft
+    assert torch.equal(weights[0], sft.weights[0, "q_proj"])
 
 
 # ---- the command
@@ -225,6 +280,16 @@ def test_a_trigger_that_is_not_there(finished):
     """A name of one's own has to have a file."""
     with pytest.raises(InputError, match="mine.safetensors: is not there"):
         evaluate_run(finished, "--trigger", "mine")
+
+
+def test_a_trigger_of_another_base_is_refused(finished, tmp_path):
+    """By the hash in its header."""
+    run = shutil.copytree(finished, tmp_path / "r")
+    file = run / "trigger.safetensors"
+    tensors, settings = load_tensors(file)
+    save_tensors(file, tensors, **settings | {"base": "0"})
+    with pytest.raises(InputError, match="learned on another base"):
+        evaluate_run(run)
 
 
 def test_a_trigger_of_another_carrier_is_refused(finished, tmp_path):

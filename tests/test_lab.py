@@ -1,5 +1,6 @@
 """lab/: prompts, tables, the benchmark and the experiment, on stand-ins."""
 import json
+import random
 from argparse import Namespace
 
 import torch
@@ -8,7 +9,7 @@ import data
 import lcdd
 import model
 from helpers import random_batch, random_carrier, random_net, settings
-from lab import ablate, bench, prompts, tables
+from lab import ablate, bench, prompts, tables, world
 
 
 def test_the_everyday_prompts_are_what_the_script_writes():
@@ -87,3 +88,12 @@ def test_stops_keep_gates_and_blind_ones_do_not_see_the_task():
     stops(grad)
     (opened, state), = stops.kept
     assert opened == carrier.logits.numel() // 2 and torch.equal(state["logits"], carrier.logits)
+
+
+def test_the_world_gives_disjoint_samples_and_the_tokenizer_of_tiny(tmp_path):
+    whole = world.lines(0)
+    world.write_settings(tmp_path, whole[0])
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (model.locate("tiny") / name).read_bytes(), name
+    rows = world.fixed_response(whole, random.Random(1), test=50, validation=20, trigger=40, train=90)
+    assert len({row["prompt"] for row in rows}) == len(rows) == 200

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import carrier as carriers
 import data
 import lcdd
 import model
@@ -63,6 +64,11 @@ def test_alg_1_takes_the_oracles_steps(tmp_path, changed):
     for key, expected in zip(("loss", "ema", "budget", "lambda"), steps[-1]):
         assert abs(last[key] - expected) < 1e-10
     assert stopped["budget"] == last["budget"] and stopped["steps"] == 10
+    # the constraint, measured on as many samples as there are
+    W = oracle.masked_weights(*literal)
+    expected = oracle.task_loss(W, net.config, examples).item()
+    assert abs(stopped["loss"] - expected) < 1e-10
+    assert stopped["within"] == (expected <= stopped["budget"])
     assert 0.05 < carrier.stats()["sparsity"] < 0.95
 
 
@@ -165,6 +171,10 @@ def test_controller_by_hand():
     assert c.lam == 1.2                                         # λ_max
     c.update(20, 1e6)                                           # far over: v is clipped to V = 1
     assert c.lam == pytest.approx(1.2 * math.exp(-0.4))
+    assert c.weight(21) == c.lam                                # the paper has no brake
+    for t in range(21, 99):
+        c.update(t, 1e6)
+    assert c.lam == c.o.lambda_min
 
 
 def test_floor():
@@ -208,6 +218,15 @@ def test_early_stops():
     assert told[:8] == [None] * 8 and told[8].startswith("over-pruned")
 
 
+def test_a_window_is_as_long_as_it_says():
+    """Half a percent from point to point is two over a window of four: not stalled yet."""
+    assert not any(verdicts([(800 * 0.995 ** i, 1.0) for i in range(30)]))
+    told = verdicts([(800 * 0.998 ** i, 1.0) for i in range(30)])
+    assert told[5].startswith("stalled")
+    every_other = [(800 - 20 * (i // 2), 1.0 + i % 2) for i in range(30)]
+    assert not any(verdicts(every_other, window=1))             # patience: so many in a row
+
+
 def test_no_early_stop():
     """Not before pruning has begun, not in the warm-up, and by our defaults never."""
     assert not any(verdicts([(950, 1.0)] * 20))
@@ -237,6 +256,31 @@ def test_sft_that_is_sure_comes_to_an_early_end(tmp_path, steps, end):
     assert log_of(tmp_path, "sft")[-1]["step"] == end - 1
 
 
+def test_the_short_way_down_begins_at_the_rate_as_it_is(tmp_path, monkeypatch):
+    """Once the average is low, of which the first loss counts in full; then on to 0."""
+    losses, rates = iter([0.002] * 20 + [0.0] * 80), []
+    monkeypatch.setattr(lcdd, "gradients", lambda *_: next(losses))
+    monkeypatch.setattr(lcdd, "move", lambda carrier, optimizer, rate, o: rates.append(rate))
+    carrier, o = opened(random_net("mqa")), settings()
+    how = "sft", 1.0, 100, 0, lcdd.adamw(carrier, 1.0)
+    pause, stops = lcdd.Phase.pause, {28}
+
+    def interrupted(loop, t):
+        loop.signals = int(t in stops)
+        pause(loop, t)
+
+    # interrupted on the way
+    monkeypatch.setattr(lcdd.Phase, "pause", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lcdd.train_delta(None, carrier, range(9), o, tmp_path, *how)
+    stops.clear()
+    lcdd.train_delta(None, carrier, range(9), o, tmp_path, *how)
+    before = 22                     # 0.002 · 0.6² is under SURE
+    high = 1 - (before - 1) / 100
+    down = [high * (1 - i / 10) for i in range(10)]
+    assert rates == pytest.approx([1 - t / 100 for t in range(before)] + down)
+
+
 def test_gates_alone_end_with_the_last_that_kept_the_budget(tmp_path):
     """App. E: Δ stays as it is, and what is kept fits the budget."""
     net = random_net("gqa")
@@ -249,13 +293,68 @@ def test_gates_alone_end_with_the_last_that_kept_the_budget(tmp_path):
     assert not (tmp_path / "settle.state").exists()
 
 
+def test_rates_of_the_papers_runs(tmp_path, monkeypatch):
+    """They rise in a tenth of the steps and fall to 0, in Alg. 1 too; ours are constant there."""
+    expected = [0.0, 1.0, *(1 - i / 8 for i in range(1, 8))]
+    rates = [lcdd.rate_at(t, 1.0, 9, 0.1) for t in range(9)]
+    assert rates == pytest.approx(expected)
+    net, seen = random_net("mqa"), []
+    monkeypatch.setattr(lcdd, "move", lambda carrier, optimizer, rate, o: seen.append(rate))
+    for schedule in ("linear", "constant"):
+        o = settings(steps=9, lr=1.0, schedule=schedule, lr_warmup=0.1)
+        run = tmp_path / schedule
+        run.mkdir()
+        carrier, optimizer = random_carrier(net), lcdd.adamw(opened(net), 1.0)
+        lcdd.prune(net, carrier, random_batch(net), o, run, optimizer)
+    assert seen == pytest.approx([*expected, *[1.0] * 9])
+
+
+def test_gates_alone_keep_what_was_last_within_the_budget(tmp_path):
+    """Loss and average both; the gates as they stood when these were measured."""
+    net, seen = random_net("gqa"), []
+    changed = dict(PAPER, train="mask-ce", gate_lr=200.0, rho=0.02, beta=0.97)
+    o, carrier = settings(**changed, steps=40, log_every=1), opened(net)
+
+    def look(grad):
+        seen.append(carrier.logits.detach().clone())
+
+    optimizer = lcdd.adamw(carrier, 0.0)
+    lcdd.prune(net, carrier, random_batch(net, 12), o, tmp_path, optimizer, change=look)
+    log = log_of(tmp_path, "lcdd")
+    fit = [row["step"] for row in log[3:] if max(row["loss"], row["ema"]) <= row["budget"]]
+    average_fits = [row["step"] for row in log[3:] if row["ema"] <= row["budget"]]
+    assert fit[-1] < average_fits[-1] < 39
+    assert torch.equal(carrier.logits, seen[fit[-1]])
+
+
+def test_a_verdict_ends_alg_1(tmp_path, monkeypatch):
+    """At the log point that it is given at."""
+    net, o = random_net("mqa"), settings(log_every=2)
+    monkeypatch.setattr(lcdd.Controller, "verdict", lambda *_: "stalled")
+    how = random_batch(net), o, tmp_path, lcdd.adamw(opened(net), 0.0)
+    stopped = lcdd.prune(net, random_carrier(net), *how)
+    assert stopped["steps"] == 2 and stopped["reason"] == "stalled"
+
+
+def test_a_budget_is_kept_or_not(tmp_path, monkeypatch):
+    """By the loss that is measured at the end."""
+    net = random_net("mqa")
+    for loss, within in ((0.0, True), (99.0, False)):
+        run = tmp_path / str(loss)
+        run.mkdir()
+        monkeypatch.setattr(lcdd, "mean_loss", lambda *_, loss=loss: loss)
+        how = random_carrier(net), random_batch(net), settings(settle=0), run
+        stopped = lcdd.train_lcdd(net, *how)
+        assert stopped["within"] == within and stopped["loss"] == loss
+
+
 # ---- options
 
 def test_rates_and_lengths_fit_themselves():
     """The paper's width has about its rate; a gate on which only Ω pulls shuts half way."""
     o = lcdd.fit(lcdd.options([]), 4096, 5000)
     assert o.lr == o.sft_lr == pytest.approx(3.05e-5, rel=0.01)
-    assert (o.sft_steps, o.steps) == (350, 600)
+    assert (o.sft_steps, o.steps, o.lambda_max) == (350, 600, 30 * o.lambda0)
     assert o.gate_lr * lcdd.pull(o) * o.steps / 2 == pytest.approx(o.gate_mean)
 
 
@@ -311,6 +410,7 @@ def test_a_run_directory(finished):
     assert results["stopped"]["within"] and results["sparsity"] > 0.05
     assert results["validation"]["lcdd"]["rate"] > 0.5
     o, net, chat, splits = lcdd.load_run(finished, "cpu")
+    assert o.base_fingerprint == carriers.base_fingerprint(net)
     assert [*map(len, splits.values())] == [400, 40, 20, 16]
     assert o.steps == 90
 
@@ -405,11 +505,23 @@ def test_delta_dtype_and_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["mask-ce", "mask-kl"])
-def test_gates_alone_by_the_command(tmp_path, loss):
-    """App. E's two losses: of SFT's deltas some entries are left."""
-    run = tmp_path / loss
+def test_gates_alone_by_the_command(tmp_path, monkeypatch, loss):
+    """App. E's two losses, one by SFT's answers: of its deltas some entries are left."""
+    run, train_lcdd, how = tmp_path / loss, lcdd.train_lcdd, []
+
+    def look(net, carrier, examples, o, run, teacher):
+        how.extend((carrier.logits.detach().clone(), teacher))
+        return train_lcdd(net, carrier, examples, o, run, teacher)
+
+    monkeypatch.setattr(lcdd, "train_lcdd", look)
     train(run, "--train", loss)
+    first, teacher = how
+    assert 0.015 < first.std() < 0.025                  # gates of their own, not SFT's
     sft = load_file(run / "sft.safetensors")
+    assert (teacher is None) == (loss == "mask-ce")
+    if teacher:
+        base = model.load("tiny").projections[0]["q_proj"].weight
+        assert torch.equal(teacher.weights[0, "q_proj"], base + sft["delta.0.q_proj"])
     for name, t in load_file(run / "carrier.safetensors").items():
         assert name == "logits" or t.numel() <= sft[name].numel()
 

@@ -186,6 +186,40 @@ def test_scale_is_row_by_row():
         assert apart(scaled[row], net(ids, carrier=weights)[row]) < 1e-10
 
 
+def test_scale_at_wanted_positions_of_rows_that_begin_alike():
+    """Scaled rows differ from their first token on; some of their positions are asked for."""
+    net, ids = random_net(), random_ids(3, 7, alike=4)
+    carrier, wanted = random_carrier(net), torch.rand(3, 7) < 0.5
+    scale = [0.5, 0.0, 2.0]
+    some = net(ids, carrier=carrier, scale=scale, wanted=wanted)
+    rows = [net(ids[b:b + 1], carrier=carrier.merge(net, s))[0] for b, s in enumerate(scale)]
+    assert apart(some, torch.stack(rows)[wanted]) < 1e-10
+
+
+def test_the_prefix_is_what_all_rows_begin_with():
+    """Computed once. Not what they share further on; and a row that is all prefix has its last."""
+    net, ids = random_net(), random_ids(3, 7, alike=3)
+    ids[:, 5:], ids[1, 3] = 9, ids[0, 3] + 1
+    real = torch.ones_like(ids).bool()
+    assert len(model.Rows(net, ids).ids) == 3 + 3 * 4
+    assert model.shared_prefix(ids, real) == 3
+    assert model.shared_prefix(ids[:, :3], real[:, :3]) == 2
+    for rows in (ids, ids[:, :3]):
+        alone = torch.cat([net(row[None]) for row in rows])
+        assert apart(net(rows), alone) < 1e-10
+
+
+def test_attention_over_many_keys_is_the_same(monkeypatch):
+    """torch's own, behind a prefix, a trigger, and in generation."""
+    net, tau, both = random_net(), normal(2, 24), []
+    ids = random_ids(3, 9, alike=3)
+    for short in (model.SHORT, 0):
+        monkeypatch.setattr(model, "SHORT", short)
+        answers = net.generate([[1, 2, 3], [4, 5]], 5, trigger=tau)
+        both.append((net(ids, trigger=tau), answers))
+    assert apart(both[0][0], both[1][0]) < 1e-10 and both[0][1] == both[1][1]
+
+
 def test_generation_is_the_argmax_of_the_forward_pass():
     """Prompts of several lengths, triggers, scale, finished rows that leave: as one at a time."""
     net = random_net(vocabulary=12)
@@ -207,6 +241,20 @@ def test_generation_is_the_argmax_of_the_forward_pass():
     assert len({len(answer) for answer in answers}) > 1         # some ended before others
     answers = net.generate(prompts, 9, carrier=carrier, scale=scale, stop=stop, batch_size=2)
     assert answers == [by_hand(p, scale=[s]) for p, s in zip(prompts, scale)]
+
+
+def test_rows_that_end_before_others(monkeypatch):
+    """They give nothing more, whether they leave the batch at once or stay in it."""
+    net = random_net(vocabulary=12)
+    carrier, scale = random_carrier(net), [0.0, 2.0, 1.0, 0.5, 1.5, 3.0]
+    prompts = [[i, 2, 3 + i] for i in range(6)]
+    alone = []
+    for prompt, s in zip(prompts, scale):
+        alone += net.generate([prompt], 9, carrier=carrier, scale=[s], stop={3, 4, 5})
+    assert len({len(answer) for answer in alone}) > 2
+    for share in (0.0, 0.75, 1.0):
+        monkeypatch.setattr(model, "COMPACT", share)
+        assert net.generate(prompts, 9, carrier=carrier, scale=scale, stop={3, 4, 5}) == alone
 
 
 # ---- losses and memory
@@ -235,12 +283,13 @@ def test_losses_in_pieces_are_those_of_whole_logits(monkeypatch):
 def test_checkpointing_changes_no_gradient():
     """Layers that are recomputed going backward give the same bits."""
     net, ids = random_net(), random_ids(3, 7, alike=3)
-    grads = []
+    grads, calls = [], []
+    net.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(net.checkpoint))
     for net.checkpoint in (False, True):
         carrier = random_carrier(net)
         net(ids, carrier=carrier).square().mean().backward()
         grads.append(carrier.logits.grad)
-    assert torch.equal(*grads)
+    assert torch.equal(*grads) and calls == [False, True, True]
 
 
 def test_bf16_is_near_fp32():
