@@ -89,7 +89,7 @@ def random_batch(rows, longer=1):
     def ids(n, words=WORDS):
         return torch.randint(words, (n,), generator=generator).tolist()
 
-    first, examples = ids(SAME, 1000), []
+    first, examples = ids(SAME, WORDS), []
     for _ in range(rows):
         n = int(torch.randint(8, 44, (1,), generator=generator)) * longer
         mask = [False] * (SAME + n) + [True] * RESPONSE

@@ -13,41 +13,32 @@ import common
 from common import InputError, Phase, Stateful
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = """
-import common, torch
-def main():
-    {code}
-common.run_command(main)
-"""
 
 
 # ---- errors
 
-def outcome(code):
-    """(exit status, stderr) of run_command() around a line of code."""
-    words = [sys.executable, "-c", SCRIPT.format(code=code)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.parametrize("code, status, told", [
-    ("raise common.InputError('f: no rows')", 2, "error: f: no rows\n"),
-    ("raise common.Failed('not kept')", 3, "failed: not kept\n"),
-    ("raise KeyboardInterrupt('; resume with: x')", 130, "interrupted; resume with: x\n"),
-    ("open('/none/such')", 2, "error: /none/such: No such file or directory; correct that"),
-    ("torch.empty(1 << 50)", 2, "error: more memory was needed"),
-])
-def test_what_a_user_can_mend_is_a_sentence(code, status, told):
+def test_what_a_user_can_mend_is_a_sentence(capsys):
     """And a status of its own: 2 for what was given, 3 for an outcome, 130 for Ctrl-C."""
-    ended, stderr = outcome(code)
-    assert ended == status and stderr.startswith(told), stderr
+    for code, status, told in (
+            ("raise common.InputError('f: no rows')", 2, "error: f: no rows\n"),
+            ("raise common.Failed('not kept')", 3, "failed: not kept\n"),
+            ("raise KeyboardInterrupt('; resume with: x')", 130, "interrupted; resume with: x\n"),
+            ("open('/none/such')", 2, "error: /none/such: No such file or directory; correct"),
+            ("torch.empty(1 << 50)", 2, "error: more memory was needed")):
+        with pytest.raises(SystemExit) as ended:
+            common.run_command(lambda code=code: exec(code))
+        assert ended.value.code == status and capsys.readouterr().err.startswith(told)
 
 
-@pytest.mark.parametrize("bug", ["{}['x']", "torch.ones(2) @ torch.ones(3)", "None.x"])
-def test_a_bug_shows_its_traceback(bug):
+def test_a_bug_shows_its_traceback():
     """A RuntimeError of torch too, if it is not for lack of memory."""
-    ended, stderr = outcome(bug)
-    assert ended == 1 and stderr.startswith("Traceback")
+    for bug, kind in (("{}['x']", KeyError), ("None.x", AttributeError),
+                      ("torch.ones(2) @ torch.ones(3)", RuntimeError)):
+        with pytest.raises(kind):
+            common.run_command(lambda bug=bug: exec(bug))
+    words = [sys.executable, "-c", "import common; common.run_command(lambda: {}['x'])"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
 def test_only_the_library_call_is_enclosed(tmp_path):

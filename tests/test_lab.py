@@ -49,6 +49,7 @@ def test_the_verdict_of_the_experiment():
 
 
 def test_the_benchmark_runs_on_a_stand_in(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WORDS", 500)
     monkeypatch.setattr(bench, "peak", lambda o, case: 10**9)
     bench.main(["--layers", "2", "--width", "192", "--rows", "2", "--rounds", "1", "--dtypes", "float32",
                 "--device", "cpu"])
