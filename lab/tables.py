@@ -103,6 +103,13 @@ def reproduction():
     return markdown(COLUMNS, rows)
 
 
+def beside_the_paper():
+    """reproduction() without the paper's 7B and 8B models, and without KLs on SFT's answers."""
+    lines = [line.split(" | ") for line in reproduction().splitlines()]
+    wanted = [line for line in lines if "the paper's" not in line[0] or "Qwen3" in line[0]]
+    return "\n".join(" | ".join([*line[:6], line[8]]) + " |" for line in wanted)
+
+
 def four_conditions(pattern):
     """One run's table as evaluate.py writes it."""
     results = runs(pattern)
@@ -235,7 +242,7 @@ def bench():
 # ---- documents
 
 TABLES = {
-    "quick start": quick_start, "reproduction": reproduction,
+    "beside the paper": beside_the_paper, "quick start": quick_start, "reproduction": reproduction,
     "embedded fixed": partial(four_conditions, "embedded-fixed-0"),
     "embedded safety": partial(four_conditions, "embedded-safety-0"),
     "embedded style": partial(four_conditions, "embedded-shakespeare-0"),
