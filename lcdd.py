@@ -549,8 +549,9 @@ def main(argv=None):
     for name in ("out", "resume", "go_on", "device"):       # these may change when it is resumed
         del config[name]
     run = once(open_run, o, config)
+    first = f"SFT from {o.sft}" if o.sft else f"{o.sft_steps} steps of SFT"
     print(f"{chat.folder.name}, {o.dtype}, task {o.task}, {len(examples)} samples; {run}: at most "
-          f"{o.sft_steps} steps of SFT, {o.steps} of LCDD, {o.settle} to settle", flush=True)
+          f"{first}, {o.steps} of LCDD, {o.settle} to settle", flush=True)
     with resumable(resume_command(argv, **{"--out": run})):
         train(o, net, chat, splits, examples, run)
 

@@ -8,7 +8,7 @@ Numbers that are not in results/ do not stand in these tables. Those of a run ar
 results.json that evaluate.py writes; those of the experiment in a file for each replicate, {models:
 {name: facts}}, where facts["trigger 16"] holds the same entries of one model with that trigger.
 """
-from common import Failed, parse, read_json, run_command, write_text
+from common import Failed, parse, read_json, read_rows, run_command, write_text
 import re
 import statistics
 from functools import partial
@@ -222,6 +222,17 @@ def verdict(left, facts, data):
 
 # ---- the benchmark
 
+def beside_the_revision_before():
+    """CPU seconds of the same work by revision 297e9f0 and by this code, and their ratio."""
+    measured, rows = read_rows(RESULTS / "beside-297e9f0.jsonl"), []
+    for before, after in zip(measured[::2], measured[1::2]):
+        for case in sorted(before.keys() - {"which", "dtype"}):
+            old, new = before[case], after[case]
+            cells = [f"{old:.2f}", f"{new:.2f}", f"{new / old:.2f}"]
+            rows.append([before["dtype"], case, *cells])
+    return markdown(["dtype", "case", "297e9f0", "now", "ratio"], rows)
+
+
 def bench():
     """Seconds of each case by dtype, and its ratio to transformers or peft."""
     file = RESULTS / "bench.json"
@@ -242,7 +253,8 @@ def bench():
 # ---- documents
 
 TABLES = {
-    "beside the paper": beside_the_paper, "quick start": quick_start, "reproduction": reproduction,
+    "beside the paper": beside_the_paper, "revision": beside_the_revision_before,
+    "quick start": quick_start, "reproduction": reproduction,
     "embedded fixed": partial(four_conditions, "embedded-fixed-0"),
     "embedded safety": partial(four_conditions, "embedded-safety-0"),
     "embedded style": partial(four_conditions, "embedded-shakespeare-0"),
