@@ -34,7 +34,7 @@ PAPER = {       # the first seven of these columns, fixed response
 }
 RUNS = {
     "embedded, fixed response": "embedded-fixed-*",
-    "embedded, refusals of forbidden prompts": "embedded-safety-*",
+    "embedded, refusals": "embedded-safety-*",
     "embedded, archaic style": "embedded-shakespeare-*",
     "another checkpoint, fixed response": "other-fixed-*",
     "SmolLM2-135M, fixed response": "smollm2-fixed-*",
