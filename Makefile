@@ -8,7 +8,7 @@ MODEL ?= models/smollm2
 run: setup
 	$(PY) lcdd.py --task $(TASK) --out $(RUN) --resume
 	$(PY) eraser.py --run $(RUN) --resume
-	$(PY) evaluate.py --run $(RUN) --figure
+	$(PY) evaluate.py --run $(RUN)
 
 # a real chat model, on our own prompts or DATA=FILE; DTYPE=bfloat16 where the processor multiplies it itself;
 # TASK=safety and TASK=shakespeare want DATA=FILE, and TEST=FILE is a file of test prompts
