@@ -177,9 +177,8 @@ def experiment(folder, length="16", second="2"):
         cells.append(f"{100 * (max(around) - min(around)):.1f}")
         rows.append(cells)
     header = [
-        "model", "held-out loss", "matched", "own KL before", "own KL left %",
-        "KL(Base‖·) left %", "own loss left %", "KL(base‖base+τ)", "KL(base+τ‖model+τ)",
-        f"own KL left by {second} tokens %", "range over rounding %"]
+        "model", "loss", "matched", "own KL", "left %", "KL(Base‖·) left %", "own loss left %",
+        "b‖b+τ", "b+τ‖m+τ", f"left by {second} %", "rounding"]
     return markdown(header, rows) + "\n\n" + verdict(left, facts, data)
 
 
