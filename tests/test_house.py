@@ -44,13 +44,15 @@ def code_lines(path):
     """([tokens of each line that carries one], comment and docstring lines)."""
     text = path.read_text()
     documented, tokens = docstring_lines(text), {}
-    comments = len(documented)
+    comments, within = len(documented), 0               # an f-string is one token, as before 3.12
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         comments += token.type == tokenize.COMMENT
         first, last = token.start[0], token.end[0]
-        if token.type not in NO_CODE and first not in documented:
+        within -= tokenize.tok_name[token.type] == "FSTRING_END"
+        if token.type not in NO_CODE and first not in documented and not within:
             for line in range(first, last + 1):         # a long string has several
                 tokens[line] = tokens.get(line, 0) + (line == first)
+        within += tokenize.tok_name[token.type] == "FSTRING_START"
     return list(tokens.values()), comments
 
 
