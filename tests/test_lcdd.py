@@ -529,10 +529,15 @@ def test_gates_alone_by_the_command(tmp_path, monkeypatch, loss):
 # ---- what is refused, and what has failed
 
 def test_sft_that_teaches_nothing_ends_the_run(tmp_path):
-    """Before anything is pruned, unless --go-on is given."""
+    """
+    Before anything is pruned, unless --go-on is given. Without --max-len samples are as long as the
+    model has positions.
+    """
     words = ["--sft-steps", "1", "--sft-lr", "1e-9", "--out", str(tmp_path / "r")]
+    short = [word for word in SHORT if word not in ("--max-len", "96")]
     with pytest.raises(Failed, match="SFT did not teach the behaviour"):
-        lcdd.main([*SHORT, *words])
+        lcdd.main([*short, *words])
+    assert read_json(tmp_path / "r/config.json")["max_len"] == 256
 
 
 def test_outcomes_that_are_not_what_was_asked_for(tmp_path):
