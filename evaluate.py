@@ -87,6 +87,8 @@ def teacher_forced(net, prompts, answers, conditions, pairs, label, batch_size=3
         progress.update(len(rows))
     progress.close()
     add_up([total])
+    if not total.isfinite().all():              # NaN below is an empty answer, and nothing else
+        raise InputError(f"{label}: a loss is not finite; the weights or the trigger are broken")
     lengths = torch.tensor([len(answer) for answer in answers])
     return dict(zip(names, total.cpu().t() / lengths))
 
@@ -170,7 +172,8 @@ def measure(net, chat, o, samples, conditions, end=True):
     known = torch.tensor([bool(s.answer) for s in samples])
     answers, texts, values = {}, {}, defaultdict(dict)
     for name, (weights, tau) in conditions.items():
-        answers[name] = net.generate(prompts, o.max_new_tokens, weights, tau, label=name)
+        label = f"answers of {name}"
+        answers[name] = net.generate(prompts, o.max_new_tokens, weights, tau, label=label)
         texts[name] = [chat.decode(answer) for answer in answers[name]]
         shown = torch.tensor(data.judge(o.task, texts[name], samples)).double()
         right = torch.tensor([*map(data.right, texts[name], samples)]).double()

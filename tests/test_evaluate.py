@@ -50,6 +50,14 @@ def test_teacher_forced_measures_are_the_oracles():
     assert torch.isclose(nats["lcdd"][0], loss)
 
 
+def test_a_trigger_that_breaks_the_model_is_said():
+    """Its NaN is not taken for an empty answer."""
+    net, broken = random_net("gqa"), torch.full((1, 24), math.nan, dtype=torch.float64)
+    conditions = dict(base=(None, None), trig=(None, broken))
+    with pytest.raises(InputError, match="label: a loss is not finite"):
+        evaluate.teacher_forced(net, [[1, 2]], [[3]], conditions, [("base", "trig")], "label")
+
+
 def test_intervals():
     """Wilson's for rates, of the prompts that have a part in them; bootstrapped for nats."""
     shown, nats = numbers(1, 0, 1, NAN), normal(400) + 5
