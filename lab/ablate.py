@@ -11,15 +11,17 @@ is learned for each, and what is left of the starting distance is measured.
 results/experiment-TASK…/REPLICATE.json holds every model of a replicate, {name: facts}: its loss,
 whether it is matched, where it stopped, and under "trigger LENGTH" what evaluate.py says of it with
 that trigger, prompt by prompt for the primary outcome. A replicate that is there is not made again,
-and one that was interrupted goes on with its phase.
+and one that was interrupted goes on with its phase and the stops that it has written.
 """
 from common import EMBEDDED, parse, resumable, run_command, usual_device, write_json
 import copy
+import math
 import time
 from pathlib import Path
 
 import torch
 
+import carrier as carriers
 import data
 import eraser
 import evaluate
@@ -39,12 +41,18 @@ OPTIONS = {
         "data0,data1,data2,round8,round4",
         "data0 to data2; roundN: data0 in micro-batches of N"),
     "steps": (600, "of Alg. 1"),
+    "settle": (200, "steps of Δ alone after them"),
+    "batch": (16, "samples per optimizer step"),
+    "sizes": ([200, 50, 200], "trigger, validation and test prompts of rows without a split"),
     "dtype": (("float32", "bfloat16"), "of the base"),
     "max_new_tokens": (32, "length of the answers"),
     "device": (usual_device(), "cpu or cuda"),
 }
 CLOSE = 0.25            # relative difference of losses that counts as matched
-PLAIN = dict(trigger=200, validation=50, test=200)      # sizes where the rows have no split
+NEAR = 0.1              # the same, at which no nearer stop is looked for
+FINE = 0.97             # a stop each time when so many of the open gates are left
+PACE = 5                # bound of blind's λ in λ₀: with 30 its last gates shut too fast for a stop
+ROOM = 2                # budget of gates in lcdd's loss: its stops lie under it
 NOISE = 0.5             # of blind's first m: with lcdd's 0.02 all would shut within one step
 # what a replicate's file holds of evaluate.py's results
 MEASURES = ("rates", "kl_own", "kl_base", "loss_own", "share_left", "mediation", "ci")
@@ -67,12 +75,15 @@ def third(chat, o, replicate):
         whole = data.split(samples, 0)
         return {name: third_of(part, number) for name, part in whole.items()}
     plain = [sample for sample in samples if sample.kind != data.WITH_INPUT]
-    return data.split(plain[number::3], number, PLAIN)
+    sizes = dict(zip(("trigger", "validation", "test"), o.sizes))
+    return data.split(plain[number::3], number, sizes)
 
 
 def settings(o, net, replicate, samples):
     """Options of lcdd.py for a replicate, fitted."""
-    words = ["--task", o.task, "--steps", str(o.steps), "--device", o.device]
+    words = ["--task", o.task, "--device", o.device]
+    for name in ("steps", "settle", "batch"):
+        words += [f"--{name}", str(getattr(o, name))]
     run = lcdd.options(words)
     run.max_len, run.max_new_tokens = 256, o.max_new_tokens
     run.micro_batch = run.batch
@@ -83,55 +94,52 @@ def settings(o, net, replicate, samples):
 
 # ---- the models: each a carrier whose gates and Δ are final
 
-def state_of(carrier):
-    """A copy of gates and Δ as they stand."""
-    return {name: t.detach().clone() for name, t in carrier.state_dict().items()}
-
-
 class Stops:
     """
-    Handed to prune() as its `change`: keeps (open gates, state) each time another tenth of the open
-    gates is shut, and for `blind` takes the task's gradient off the gates.
+    Handed to prune() as its `change`: writes the carrier to a file of `folder` each time when FINE
+    of the open gates are left, and for `blind` takes the task's gradient off the gates.
     """
 
-    def __init__(self, carrier, blind):
-        self.carrier, self.blind, self.kept = carrier, blind, []
-        self.lowest = carrier.logits.numel()
+    def __init__(self, carrier, net, folder, blind):
+        self.carrier, self.net, self.folder, self.blind = carrier, net, folder, blind
+        kept = [int(file.stem.removeprefix("stop-")) for file in self.files()]
+        self.lowest = min([carrier.logits.numel(), *kept])
 
     def __call__(self, grad):
         if self.blind:
             grad.zero_()
         opened = int((self.carrier.logits > 0).sum())
-        if opened < 0.9 * self.lowest:
+        if opened < FINE * self.lowest:
             self.lowest = opened
-            self.kept.append((opened, state_of(self.carrier)))
+            self.carrier.save(self.folder / f"stop-{opened:07}.safetensors", self.net)
+
+    def files(self):
+        """What was written, also before an interruption, the most open gates first."""
+        return sorted(self.folder.glob("stop-*.safetensors"), reverse=True)
 
 
 def pruned(net, sft, examples, held_out, run, work, target, blind):
     """
     `blind` or `gates`: of the stops, settled if Δ may move, the one whose loss on held-out samples
-    is nearest to `target`, by bisection, for the loss grows as gates shut: (carrier, loss, open
-    gates).
+    is nearest to `target`, by bisection, for the loss grows as gates shut: (carrier, loss).
     """
     carrier = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
-    stops, optimizer = Stops(carrier, blind), lcdd.adamw(carrier, run.lr)
+    stops, optimizer = Stops(carrier, net, work, blind), lcdd.adamw(carrier, run.lr)
     lcdd.prune(net, carrier, examples, run, work, optimizer, change=stops)
-    low, high, best, nearest = 0, len(stops.kept), None, None
-    while low < high:
+    files, low, best, distance = stops.files(), 0, None, math.inf
+    high = len(files)
+    while low < high and distance > NEAR:
         middle = (low + high) // 2
-        opened, state = stops.kept[middle]
-        carrier.load_state_dict(state)
+        carrier = carriers.load(files[middle], net)
         if blind:
             optimizer = lcdd.adamw(carrier, run.lr)
             phase = f"settle{middle}", run.lr, run.settle, run.seed + 2
             lcdd.train_delta(net, carrier, examples, run, work, *phase, optimizer)
         loss = lcdd.mean_loss(net, carrier, held_out, run)
         low, high = (low, middle) if loss > target else (middle + 1, high)
-        if best is None or abs(loss / target - 1) < nearest:
-            best, nearest = (state_of(carrier), loss, opened), abs(loss / target - 1)
-    state, loss, opened = best
-    carrier.load_state_dict(state)
-    return carrier, loss, opened
+        if abs(loss / target - 1) < distance:
+            best, distance = (carrier, loss), abs(loss / target - 1)
+    return best
 
 
 def scaled(net, sft, held_out, run, target):
@@ -163,27 +171,32 @@ def models_of(net, chat, o, run, splits, work):
     sparse = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
     stopped = lcdd.train_lcdd(net, sparse, examples, run, work)
     target = lcdd.mean_loss(net, sparse, held_out, run)
+
+    def facts(loss, **more):
+        return {"loss": loss, "matched": abs(loss / target - 1) <= CLOSE, **more}
+
     if "lcdd" in wanted:
-        facts = {"loss": target, "within": stopped["within"], **sparse.stats()}
-        yield "lcdd", sparse.merge(net), sparse, taught, facts
+        told = facts(target, within=stopped["within"], **sparse.stats())
+        yield "lcdd", sparse.merge(net), sparse, taught, told
 
     for name, train in (("blind", "joint"), ("gates", "mask-ce")):
         if name in wanted:
             own, folder = copy.copy(run), work / name
-            own.train, own.brake = train, False     # past the budget, so that a stop can match lcdd
-            if name == "blind":
-                own.gate_std = NOISE
+            own.train = train
+            if name == "blind":             # past the budget: what it shuts too many, Δ wins back
+                own.brake, own.lambda_max, own.gate_std = False, PACE * own.lambda0, NOISE
+            else:
+                own.floor = ROOM * target
             folder.mkdir(exist_ok=True)
             how = examples, held_out, own, folder, target, name == "blind"
-            carrier, loss, opened = pruned(net, sft, *how)
-            facts = {"loss": loss, "stop": opened, **carrier.stats()}
-            yield name, carrier.merge(net), carrier, taught, facts
+            carrier, loss = pruned(net, sft, *how)
+            yield name, carrier.merge(net), carrier, taught, facts(loss, **carrier.stats())
     if "scaled" in wanted:
         weights, loss, factor = scaled(net, sft, held_out, run, target)
-        yield "scaled", weights, sparse, taught, {"loss": loss, "factor": factor}
+        yield "scaled", weights, sparse, taught, facts(loss, factor=factor)
     if "sft" in wanted:
         loss = lcdd.mean_loss(net, sft, held_out, run)
-        yield "sft", taught, sparse, taught, {"loss": loss}
+        yield "sft", taught, sparse, taught, facts(loss)
 
 
 # ---- a trigger for each, and what it leaves
@@ -223,11 +236,7 @@ def replicate(net, chat, o, name, work):
     sizes = {part: len(samples) for part, samples in splits.items()}
     result = {"replicate": name, "task": o.task, "model": Path(o.model).name}
     result |= {"dtype": o.dtype, "models": {}, "sizes": sizes}
-    target = None
     for model_name, weights, carrier, taught, facts in models_of(net, chat, o, run, splits, work):
-        target = target or facts["loss"]
-        close = abs(facts["loss"] / target - 1) <= CLOSE
-        facts["matched"] = model_name == "lcdd" or close
         label = f"{name} {model_name}: loss {facts['loss']:.4f}"
         for length in map(int, o.lengths.split(",")):
             start, phase = time.time(), f"{model_name}-{length}"

@@ -8,6 +8,7 @@ import torch
 import data
 import lcdd
 import model
+from carrier import load
 from helpers import random_batch, random_carrier, random_net, settings
 from lab import ablate, bench, prompts, tables, world
 
@@ -79,16 +80,21 @@ def test_a_scaled_delta_has_the_loss_that_it_is_matched_to():
         assert abs(loss / target - 1) < 0.02 and 0 < factor < 1
 
 
-def test_stops_keep_gates_and_blind_ones_do_not_see_the_task():
-    carrier = random_carrier(random_net("gqa"), 1.0)
-    stops, grad = ablate.Stops(carrier, blind=True), torch.ones_like(carrier.logits)
+def test_stops_keep_gates_and_blind_ones_do_not_see_the_task(tmp_path):
+    net = random_net("gqa")
+    carrier = random_carrier(net, 1.0)
+    stops, grad = ablate.Stops(carrier, net, tmp_path, blind=True), torch.ones_like(carrier.logits)
     stops(grad)
-    assert not grad.any() and not stops.kept
+    assert not grad.any() and not stops.files()
     with torch.no_grad():
         carrier.logits[0] = -1
+        carrier.logits[1, ::10] = -1
     stops(grad)
-    (opened, state), = stops.kept
-    assert opened == carrier.logits.numel() // 2 and torch.equal(state["logits"], carrier.logits)
+    file, = stops.files()
+    kept = load(file, net)
+    assert torch.equal(kept.logits > 0, carrier.logits > 0)
+    ids = [[5, 6, 7]]
+    assert torch.equal(net(ids, kept), net(ids, carrier))
 
 
 def test_the_world_gives_disjoint_samples_and_the_tokenizer_of_tiny(tmp_path):
