@@ -3,7 +3,7 @@ PY := .venv/bin/python
 TASK ?= fixed
 RUN ?= runs/$(TASK)
 MODEL ?= models/smollm2
-.PHONY: run real setup test bench clean
+.PHONY: run real setup test tour bench clean
 
 run: setup
 	$(PY) lcdd.py --task $(TASK) --out $(RUN) --resume
@@ -36,6 +36,16 @@ HALF := $(foreach name,carrier common eraser evaluate lcdd house,tests/test_$(na
 test: setup
 	$(PY) -m pytest -q $(HALF) & \
 	$(PY) -m pytest -q $(addprefix --ignore=,$(HALF)); other=$$?; wait $$! && exit $$other
+
+# runs docs/tour.ipynb into runs/; TO=--inplace renews its own outputs
+tour: TO ?= --output-dir runs
+tour: .venv/tour
+	$(PY) -m nbconvert --to notebook --execute docs/tour.ipynb $(TO) \
+	  --ExecutePreprocessor.record_timing=False
+
+.venv/tour: docs/requirements.txt .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 bench: setup
 	$(PY) -m lab.bench
