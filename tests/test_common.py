@@ -244,3 +244,5 @@ def test_the_command_that_resumes(monkeypatch):
     words = ["--task", "my task.jsonl", "--out", "old", "--resume"]
     command = common.resume_command(words, **{"--out": "runs/x"})
     assert command == "python lcdd.py --task 'my task.jsonl' --out runs/x --resume"
+    monkeypatch.setattr(sys, "argv", ["/some/where/lab/words.py"])
+    assert common.resume_command([]) == "python -m lab.words --resume"
