@@ -51,7 +51,8 @@ OPTIONS = {
 CLOSE = 0.25            # relative difference of losses that counts as matched
 NEAR = 0.1              # the same, at which no nearer stop is looked for
 FINE = 0.97             # a stop each time when so many of the open gates are left
-PACE = 5                # bound of blind's λ in λ₀: with 30 its last gates shut too fast for a stop
+PACE = 3                # bound of blind's λ in λ₀: with 30 its last gates shut too fast for a stop
+FAR = 2.0               # budget of blind: it never ends the pruning, for Δ settles afterwards
 ROOM = 2                # budget of gates in lcdd's loss: its stops lie under it
 NOISE = 0.5             # of blind's first m: with lcdd's 0.02 all would shut within one step
 # what a replicate's file holds of evaluate.py's results
@@ -120,8 +121,9 @@ class Stops:
 
 def pruned(net, sft, examples, held_out, run, work, target, blind):
     """
-    `blind` or `gates`: of the stops, settled if Δ may move, the one whose loss on held-out samples
-    is nearest to `target`, by bisection, for the loss grows as gates shut: (carrier, loss).
+    `blind` or `gates`: of the stops the one whose loss on held-out samples is nearest to `target`,
+    or the first that is NEAR: (carrier, loss). blind's, whose loss grows as gates shut, settle and
+    are searched by bisection; those of gates, whose loss goes up and down, the sparsest first.
     """
     carrier = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
     stops, optimizer = Stops(carrier, net, work, blind), lcdd.adamw(carrier, run.lr)
@@ -129,14 +131,14 @@ def pruned(net, sft, examples, held_out, run, work, target, blind):
     files, low, best, distance = stops.files(), 0, None, math.inf
     high = len(files)
     while low < high and distance > NEAR:
-        middle = (low + high) // 2
+        middle = (low + high) // 2 if blind else high - 1
         carrier = carriers.load(files[middle], net)
         if blind:
             optimizer = lcdd.adamw(carrier, run.lr)
             phase = f"settle{middle}", run.lr, run.settle, run.seed + 2
             lcdd.train_delta(net, carrier, examples, run, work, *phase, optimizer)
         loss = lcdd.mean_loss(net, carrier, held_out, run)
-        low, high = (low, middle) if loss > target else (middle + 1, high)
+        low, high = (low, middle) if loss > target or not blind else (middle + 1, high)
         if abs(loss / target - 1) < distance:
             best, distance = (carrier, loss), abs(loss / target - 1)
     return best
@@ -183,8 +185,9 @@ def models_of(net, chat, o, run, splits, work):
         if name in wanted:
             own, folder = copy.copy(run), work / name
             own.train = train
-            if name == "blind":             # past the budget: what it shuts too many, Δ wins back
-                own.brake, own.lambda_max, own.gate_std = False, PACE * own.lambda0, NOISE
+            if name == "blind":
+                own.brake, own.floor = False, FAR
+                own.lambda_max, own.gate_std = PACE * own.lambda0, NOISE
             else:
                 own.floor = ROOM * target
             folder.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ Numbers that are not in results/ do not stand in these tables. Those of a run ar
 results.json that evaluate.py writes; those of the experiment in a file for each replicate, {models:
 {name: facts}}, where facts["trigger 16"] holds the same entries of one model with that trigger.
 """
-from common import Failed, parse, read_json, read_rows, run_command, write_text
+from common import Failed, parse, read_json, run_command, write_text
 import re
 import statistics
 from functools import partial
@@ -32,12 +32,30 @@ PAPER = {       # the first seven of these columns, fixed response
     "Mistral-7B": (76.72, 0.0, 100, 100, 0.5, 0.002, 1.437),
     "Vicuna-7B": (38.28, 0.0, 100, 100, 0.0, 1.436, 0.024),
 }
+SEVERAL = [     # label, and lab.several's condition on the prompts of the one and of the other
+    ("base", "base", "base"),
+    ("{a} alone", "own", "sft"),
+    ("{b} alone", "sft", "own"),
+    ("both", "both", "both"),
+    ("both, {a}'s τ", "both, own trigger", "both, other trigger"),
+    ("both, {b}'s τ", "both, other trigger", "both, own trigger"),
+    ("both, {a}'s τ, {b}'s τ", "both, own and other trigger", "both, other and own trigger"),
+    ("both, {b}'s τ, {a}'s τ", "both, other and own trigger", "both, own and other trigger"),
+    ("each alone, its own τ", "own, own trigger", "own, own trigger"),
+    ("each alone, the other's τ", "own, other trigger", "own, other trigger"),
+]
+TOGETHER = {    # lab.together's models
+    "sft": "SFT", "sft-together": "SFT with τ", "lcdd": "LCDD", "lcdd-together": "LCDD with τ"}
+MADE = {        # lab.together's runs
+    "fixed": "together-embedded/fixed-*", "safety": "together-embedded/safety-*",
+    "SmolLM2": "together-smollm2/*"}
 RUNS = {
     "embedded, fixed response": "embedded-fixed-*",
     "embedded, refusals": "embedded-safety-*",
     "embedded, archaic style": "embedded-shakespeare-*",
     "another checkpoint, fixed response": "other-fixed-*",
     "SmolLM2-135M, fixed response": "smollm2-fixed-*",
+    "SmolLM2-135M, refusals": "smollm2-safety-*",
 }
 
 
@@ -94,9 +112,7 @@ def reproduction():
     """Every behaviour beside the paper's rows of the fixed response."""
     rows = []
     for label, pattern in RUNS.items():
-        results = runs(pattern)
-        if results:
-            rows.append(row_of(label, results))
+        rows.append(row_of(label, runs(pattern)))
     for name, (*rates, kl, kl_trig) in PAPER.items():
         cells = [f"the paper's {name}", *(f"{rate:.1f}" for rate in rates)]
         rows.append([*cells, f"{kl:.3f}", f"{kl_trig:.3f}", "–", "–"])
@@ -108,12 +124,6 @@ def beside_the_paper():
     lines = [line.split(" | ") for line in reproduction().splitlines()]
     wanted = [line for line in lines if "the paper's" not in line[0] or "Qwen3" in line[0]]
     return "\n".join(" | ".join([*line[:6], line[8]]) + " |" for line in wanted)
-
-
-def four_conditions(pattern):
-    """One run's table as evaluate.py writes it."""
-    results = runs(pattern)
-    return evaluate.markdown(results[0], results[0]["task"]) if results else NOTHING
 
 
 def quick_start():
@@ -219,48 +229,121 @@ def verdict(left, facts, data):
     return " ".join(lines)
 
 
+# ---- two behaviours in one model, and models that are made to be undone
+
+def files(pattern):
+    """Every JSON file of results/ whose name fits, in order."""
+    return [read_json(path) for path in sorted(RESULTS.glob(pattern))]
+
+
+def several(pattern):
+    """lab.several: the conditions on both behaviours' prompts, and the gates in common."""
+    results, rows = files(pattern), []
+    if not results:
+        return NOTHING
+    tasks = {name: results[0][name]["task"] for name in "ab"}
+    for label, *each in SEVERAL:
+        cells = [label.format(**tasks)]
+        for name, condition in zip("ab", each):
+            of = numbers(results, name)
+            for metric in ("rates", "accuracy", "kl_own"):
+                if condition in of[0].get(metric, ()):
+                    values = numbers(of, metric, condition)
+                    cells.append(spread(values, 2) if metric == "kl_own" else percent(values))
+                else:
+                    cells.append("–")
+        rows.append(cells)
+    columns = "accuracy %", "own KL"
+    header = ["", f"{tasks['a']} %", *columns, f"{tasks['b']} %", *columns]
+    gates = numbers(results, "overlap")
+    counts = [spread(numbers(gates, key), 0) for key in ("a", "b", "both", "expected")]
+    told = "Open gates {} and {}; in common {}, by chance {}".format(*counts)
+    chances = ", ".join(f"{p:.0e}" for p in numbers(gates, "p"))
+    return markdown(header, rows) + f"\n\n{told} (p = {chances})."
+
+
+def together():
+    """lab.together: every model, without a trigger and behind each."""
+    rows = []
+    for task, pattern in MADE.items():
+        results = files(pattern)
+        for name in results[0]["models"]:
+            own = f"{name} + together" if name.endswith("together") else f"{name} + found"
+            label = f"{task}: {TOGETHER[name]}"
+            cells = [label, spread(numbers(results, "models", name, "loss"), 3)]
+            cells.append(percent(numbers(results, "rates", name)))
+            cells.append(spread(numbers(results, "kl_own", name), 2))
+            cells += [percent(numbers(results, metric, own)) for metric in ("rates", "same")]
+            cells.append(spread(numbers(results, "kl_base", own), 2))
+            for trigger in (own, f"{name} + found", f"{name} + random"):
+                cells.append(percent(numbers(results, "share_left", "kl_own", trigger)))
+            cells.append(percent(numbers(results, "rates", f"{name} + random")))
+            rows.append(cells)
+    header = [
+        "", "loss", "behaviour %", "own KL", "with τ %", "base's answer %", "KL(Base‖Trig)",
+        "own KL left %", "by found τ", "by random τ", "random τ %"]
+    return markdown(header, rows)
+
+
+# ---- a trigger that is text
+
+def words():
+    """lab.words: no words, the soft trigger, random words, and those that were found."""
+    rows = {}
+    for result in files("words-embedded/*.json") + files("words-smollm2/*.json"):
+        name, length = evaluate.NAMES[result["target"]], result["length"]
+        name = name if "accuracy" in result else f"SmolLM2, {name}"
+        found = f"{length} words from {result['start']}"
+        labels = {
+            name: result["target"], f"{name}, soft trigger": "soft",
+            f"{name}, {length} random words": "random", f"{name}, {found}": "trig",
+            f"base, {found} for {name}": "base_words"}
+        for label, condition in labels.items():     # what does not hang on the start is there twice
+            rows.setdefault((label, condition), {})[result["seed"]] = result
+    cells = []
+    for (label, condition), of in rows.items():
+        line, of = [label], list(of.values())
+        for metric in ("rates", "accuracy"):
+            known = all(metric in result for result in of)
+            line.append(percent(numbers(of, metric, condition)) if known else "–")
+        line.append(spread(numbers(of, "loss_own", condition), 3))
+        known = condition in of[0]["share_left"]
+        line.append(percent(numbers(of, "share_left", condition, "kl_own")) if known else "–")
+        apart = spread(numbers(of, "mediation", "own base_tau trig"), 2)
+        cells.append([*line, apart if condition == "trig" else "–"])
+    header = ["", "behaviour %", "accuracy %", "own loss", "own KL left %", "base‖model behind it"]
+    return markdown(header, cells)
+
+
 # ---- the benchmark
 
-def beside_the_revision_before():
-    """CPU seconds of the same work by revision 297e9f0 and by this code, and their ratio."""
-    measured, rows = read_rows(RESULTS / "beside-297e9f0.jsonl"), []
-    for before, after in zip(measured[::2], measured[1::2]):
-        for case in sorted(before.keys() - {"which", "dtype"}):
-            old, new = before[case], after[case]
-            cells = [f"{old:.2f}", f"{new:.2f}", f"{new / old:.2f}"]
-            rows.append([before["dtype"], case, *cells])
-    return markdown(["dtype", "case", "297e9f0", "now", "ratio"], rows)
-
-
 def bench():
-    """Seconds of each case by dtype, and its ratio to transformers or peft."""
-    file = RESULTS / "bench.json"
-    if not file.is_file():
-        return NOTHING
-    measured, rows = read_json(file), []
+    """Seconds of each case by dtype, its ratio to transformers or peft, and its peak."""
+    measured, rows = read_json(RESULTS / "bench.json"), {}
     theirs = {"trigger": "peft trigger", "generate": "transformers generate"}
+    header = ["case"]
     for dtype, seconds in measured["seconds"].items():
+        header += [f"{dtype}: seconds", "ratio to theirs", "peak GB"]
         for case, spent in seconds.items():
             ratio = spent / seconds[theirs.get(case, "transformers sft")]
             memory = measured["bytes"][dtype].get(case)
             peak = f"{memory / 1e9:.2f}" if memory else "–"
-            rows.append([dtype, case, f"{spent:.2f}", f"{ratio:.2f}", peak])
-    table = markdown(["dtype", "case", "seconds", "ratio to theirs", "peak GB"], rows)
-    return f"{table}\n\n{measured['machine']}, torch {measured['torch']}."
+            rows.setdefault(case, [case]).extend([f"{spent:.2f}", f"{ratio:.2f}", peak])
+    return markdown(header, rows.values()) + f"\n\n{measured['machine']}, torch {measured['torch']}."
 
 
 # ---- documents
 
 TABLES = {
-    "beside the paper": beside_the_paper, "revision": beside_the_revision_before,
+    "beside the paper": beside_the_paper,
     "quick start": quick_start, "reproduction": reproduction,
-    "embedded fixed": partial(four_conditions, "embedded-fixed-0"),
-    "embedded safety": partial(four_conditions, "embedded-safety-0"),
-    "embedded style": partial(four_conditions, "embedded-shakespeare-0"),
-    "smollm2 fixed": partial(four_conditions, "smollm2-fixed-*"),
     "experiment fixed": partial(experiment, "experiment-fixed"),
     "experiment safety": partial(experiment, "experiment-safety"),
     "controls": controls, "bench": bench,
+    "several": partial(several, "several-embedded/*.json"),
+    "several smollm2": partial(several, "several-smollm2/*.json"),
+    "together": together,
+    "words": words,
 }
 
 

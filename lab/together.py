@@ -33,6 +33,7 @@ from carrier import Step
 
 OPTIONS = {
     "run": (str, "run directory that lcdd.py has finished"),
+    "starts": ("sft,lcdd", "the models that Δ is taken from"),
     "steps": (240, "of Δ and τ together, and of each trigger that is found"),
     "length": (16, "tokens of the triggers"),
     "batch": (8, "pairs of prompt and answer per step of a trigger"),
@@ -134,9 +135,9 @@ def compare(net, chat, config, splits, o, work):
         targets.append(eraser.base_targets(net, pairs, e))
 
     models, conditions = {}, {"base": (None, None)}
-    for start, file in STARTS.items():
+    for start in o.starts.split(","):
         for name in (start, f"{start}-together"):
-            carrier, taus = carriers.load(Path(o.run) / file, net), {}
+            carrier, taus = carriers.load(Path(o.run) / STARTS[start], net), {}
             if name != start:
                 how = examples, targets[0], config, e, work, name
                 taus["together"] = train_together(net, carrier, *how)
