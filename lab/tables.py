@@ -48,7 +48,7 @@ TOGETHER = {    # lab.together's models
     "sft": "SFT", "sft-together": "SFT with τ", "lcdd": "LCDD", "lcdd-together": "LCDD with τ"}
 MADE = {        # lab.together's runs
     "fixed": "together-embedded/fixed-*", "safety": "together-embedded/safety-*",
-    "SmolLM2": "together-smollm2/*"}
+    "SmolLM2": "together-smollm2/*", "SmolLM2, 100 steps": "together-smollm2-longer/*"}
 RUNS = {
     "embedded, fixed response": "embedded-fixed-*",
     "embedded, refusals": "embedded-safety-*",
