@@ -106,7 +106,7 @@ def leave(status, sentence):
 def parse(description, options, settings, argv, preset=None):
     """
     The command line as a namespace. options: {name: (default, help)}; a default says what is asked:
-    a number, a text, False for a switch, a list for so many of them, a tuple of choices, the first
+    a number, a text, False for a switch, a list for so many numbers, a tuple of choices, the first
     the default, or a type for what may be left out. settings: {name: value} that are no options.
     preset(o): other defaults, {name: value}.
     """
@@ -120,7 +120,7 @@ def parse(description, options, settings, argv, preset=None):
             choices = [choice for choice in default if choice]
             kind = dict(default=default[0], choices=choices, help=text, metavar=name.upper())
         elif isinstance(default, list):
-            kind |= dict(type=type(default[0]), nargs=len(default))
+            kind |= dict(type=int, nargs=len(default), metavar="N")
         elif isinstance(default, type):
             kind = dict(type=default, required=name == "run", help=text)
         p.add_argument("--" + name.replace("_", "-"), **kind)

@@ -52,7 +52,7 @@ CLOSE = 0.25            # relative difference of losses that counts as matched
 NEAR = 0.1              # the same, at which no nearer stop is looked for
 FINE = 0.97             # a stop each time when so many of the open gates are left
 PACE = 3                # bound of blind's λ in λ₀: with 30 its last gates shut too fast for a stop
-FAR = 2.0               # budget of blind: it never ends the pruning, for Δ settles afterwards
+FAR = 2.0               # budget of blind, nats per token: settling wins back most of what it costs
 ROOM = 2                # budget of gates in lcdd's loss: its stops lie under it
 NOISE = 0.5             # of blind's first m: with lcdd's 0.02 all would shut within one step
 # what a replicate's file holds of evaluate.py's results
@@ -122,8 +122,9 @@ class Stops:
 def pruned(net, sft, examples, held_out, run, work, target, blind):
     """
     `blind` or `gates`: of the stops the one whose loss on held-out samples is nearest to `target`,
-    or the first that is NEAR: (carrier, loss). blind's, whose loss grows as gates shut, settle and
-    are searched by bisection; those of gates, whose loss goes up and down, the sparsest first.
+    or the first that is NEAR: (carrier, loss). blind's, whose loss mostly grows as gates shut,
+    settle and are searched by bisection; those of gates, whose loss goes up and down, the sparsest
+    first.
     """
     carrier = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
     stops, optimizer = Stops(carrier, net, work, blind), lcdd.adamw(carrier, run.lr)

@@ -1,7 +1,7 @@
 """
 Two behaviours in one model: two carriers on one base, each with its own gates, Δ and trigger.
 
-    python -m lab.several --runs runs/safety runs/shakespeare
+    python -m lab.several --runs runs/safety,runs/shakespeare
 
 The runs are of lcdd.py and eraser.py on one base. Their changes are summed, W_b + Σ (r ⊗ c) ⊙ Δ,
 and each behaviour is measured on its own run's test prompts: without a trigger, with its own, with
@@ -27,7 +27,7 @@ import lcdd
 from carrier import GROUPS, Merged, masked_weight
 
 OPTIONS = {
-    "runs": (["runs/safety", "runs/shakespeare"], "run directories of the two behaviours"),
+    "runs": ("runs/safety,runs/shakespeare", "run directories of the two behaviours"),
     "prompts": (int, "at most so many test prompts of each (all)"),
     "out": ("results/several-embedded", "folder of the results, SEED.json of each pair"),
     "device": (usual_device(), "cpu or cuda"),
@@ -149,6 +149,9 @@ def measured(net, own, other):
 def main(argv=None):
     """Measure two runs together; what stands in the results' file already is not made again."""
     o = parse(__doc__, OPTIONS, {}, argv)
+    o.runs = o.runs.split(",")
+    if len(o.runs) != 2:
+        raise InputError(f"--runs {','.join(o.runs)}: name two run directories, A,B")
     net, (a, b) = behaviours(o)
     file = Path(o.out) / f"{a.config.seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

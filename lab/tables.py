@@ -88,9 +88,9 @@ def percent(values):
     return spread([100 * value for value in values], 1)
 
 
-def runs(pattern):
-    """results.json of every run of results/ whose name fits, in order."""
-    return [read_json(path) for path in sorted(RESULTS.glob(f"{pattern}/results.json"))]
+def files(pattern):
+    """Every JSON file of results/ whose name fits, in order."""
+    return [read_json(path) for path in sorted(RESULTS.glob(pattern))]
 
 
 # ---- runs
@@ -112,7 +112,7 @@ def reproduction():
     """Every behaviour beside the paper's rows of the fixed response."""
     rows = []
     for label, pattern in RUNS.items():
-        rows.append(row_of(label, runs(pattern)))
+        rows.append(row_of(label, files(f"{pattern}/results.json")))
     for name, (*rates, kl, kl_trig) in PAPER.items():
         cells = [f"the paper's {name}", *(f"{rate:.1f}" for rate in rates)]
         rows.append([*cells, f"{kl:.3f}", f"{kl_trig:.3f}", "–", "–"])
@@ -128,7 +128,7 @@ def beside_the_paper():
 
 def quick_start():
     """The conditions of the embedded run of seed 0 in the four columns that README explains."""
-    result, rows = runs("embedded-fixed-0")[0], []
+    result, rows = files("embedded-fixed-0/results.json")[0], []
     for name, label in evaluate.NAMES.items():
         rate, same = result["rates"][name], result["same"][name]
         kl, loss = result["kl_sft"].get(name), result["loss_own"][name]
@@ -142,7 +142,7 @@ def controls():
     """Tables 4 and 6 on the embedded model: another trigger, another target, gates alone."""
     rows = []
     for path in sorted(RESULTS.glob("controls-*")):
-        results = [read_json(file) for file in sorted(path.glob("*.json"))]
+        results = files(f"{path.name}/*.json")
         rows.append(row_of(path.name.removeprefix("controls-"), results))
     return markdown(COLUMNS, rows) if rows else NOTHING
 
@@ -231,16 +231,9 @@ def verdict(left, facts, data):
 
 # ---- two behaviours in one model, and models that are made to be undone
 
-def files(pattern):
-    """Every JSON file of results/ whose name fits, in order."""
-    return [read_json(path) for path in sorted(RESULTS.glob(pattern))]
-
-
 def several(pattern):
     """lab.several: the conditions on both behaviours' prompts, and the gates in common."""
     results, rows = files(pattern), []
-    if not results:
-        return NOTHING
     tasks = {name: results[0][name]["task"] for name in "ab"}
     for label, *each in SEVERAL:
         cells = [label.format(**tasks)]

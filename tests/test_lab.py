@@ -97,6 +97,31 @@ def test_stops_keep_gates_and_blind_ones_do_not_see_the_task(tmp_path):
     assert torch.equal(net(ids, kept), net(ids, carrier))
 
 
+def test_of_the_stops_the_nearest_in_loss_is_taken(tmp_path, monkeypatch):
+    """The loss here is the share of gates that are shut. Blind ones settle, gates alone do not."""
+    net, settled = random_net("gqa"), []
+
+    def prune(net, carrier, *_, change):
+        flat = carrier.logits.data.view(-1)
+        for shut in range(0, len(flat), 2):
+            flat[:shut] = -1
+            change(torch.ones_like(carrier.logits))
+    monkeypatch.setattr(lcdd, "prune", prune)
+    monkeypatch.setattr(lcdd, "train_delta", lambda *how: settled.append(how))
+    monkeypatch.setattr(lcdd, "mean_loss", lambda net, c, *_: float((c.logits <= 0).float().mean()))
+    for blind in (True, False):
+        folder = tmp_path / str(blind)
+        folder.mkdir()
+        for target, low, high in ((0.5, 0.45, 0.55), (9.0, 0.95, 1.0), (1e-4, 0.0, 0.08)):
+            how = [], [], settings(), folder, target, blind
+            carrier, loss = ablate.pruned(net, random_carrier(net, 1.0), *how)
+            assert low <= loss <= high and loss == lcdd.mean_loss(net, carrier)
+        assert bool(settled) == blind
+        settled.clear()
+    carrier, loss = ablate.pruned(net, random_carrier(net, 1.0), [], [], settings(), folder, 0.5, False)
+    assert loss > 0.5                           # the sparsest first
+
+
 def test_the_world_gives_disjoint_samples_and_the_tokenizer_of_tiny(tmp_path):
     whole = world.lines(0)
     world.write_settings(tmp_path, whole[0])

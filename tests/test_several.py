@@ -63,14 +63,17 @@ def test_chance_of_gates_in_common_is_what_all_placements_give():
 
 def test_the_command_measures_both_and_refuses_another_base(finished, tmp_path):
     """One run twice: the same on both sides, every gate in common, and each row its own answer."""
-    words = ["--runs", str(finished), str(finished), "--out", str(tmp_path), "--device", "cpu"]
+    words = ["--runs", f"{finished},{finished}", "--out", str(tmp_path), "--device", "cpu"]
     several.main(words)
     result = read_json(tmp_path / "0.json")
     rates = result["a"]["rates"]
     assert rates == result["b"]["rates"] and rates["own"] == rates["sft"] > 0.5
     assert rates["base"] == 0 and rates["own, own trigger"] < rates["own"]
     assert result["overlap"]["jaccard"] == 1 and result["a"]["switched"]["same"] == 1
-    words[2] = str(shutil.copytree(finished, tmp_path / "other"))
+    words[1] += f",{shutil.copytree(finished, tmp_path / 'other')}"
+    with pytest.raises(InputError, match="name two"):
+        several.main(words)
+    words[1] = f"{finished},{tmp_path / 'other'}"
     config = read_json(finished / "config.json") | {"base_fingerprint": "another"}
     write_json(tmp_path / "other" / "config.json", config)
     with pytest.raises(InputError, match="another base"):
