@@ -145,6 +145,11 @@ def pruned(net, sft, examples, held_out, run, work, target, blind):
     return best
 
 
+def matched(loss, target):
+    """Does a held-out loss count as lcdd's?"""
+    return abs(loss / target - 1) <= CLOSE
+
+
 def scaled(net, sft, held_out, run, target):
     """Plain SFT's Δ times the factor at which the loss is `target`: (weights, loss, factor)."""
     low, high = 0.0, 1.0                                        # the loss falls as the factor grows
@@ -176,7 +181,7 @@ def models_of(net, chat, o, run, splits, work):
     target = lcdd.mean_loss(net, sparse, held_out, run)
 
     def facts(loss, **more):
-        return {"loss": loss, "matched": abs(loss / target - 1) <= CLOSE, **more}
+        return {"loss": loss, "matched": matched(loss, target), **more}
 
     if "lcdd" in wanted:
         told = facts(target, within=stopped["within"], **sparse.stats())

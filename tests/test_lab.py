@@ -35,11 +35,11 @@ def test_published_tables_hold_what_the_raw_data_give():
 
 def test_the_verdict_of_the_experiment():
     """Stands, falls or is undecided by the rule of docs/experiment.md, whatever the numbers."""
-    def told(lcdd_left, blind, scaled, rounding=0.001):
+    def told(lcdd_left, blind, scaled, spread=0.001, rounding=0.001):
         shares, facts = {}, {}
         for i in range(3):
-            for name in (f"data{i}", f"round{8 - i}"):
-                shift = rounding * i
+            for name, apart in ((f"data{i}", spread), (f"round{8 - i}", rounding)):
+                shift = apart * i
                 others = {"blind": blind + 0.002 * i, "scaled": scaled - 0.001 * i}
                 shares[name] = {"lcdd": lcdd_left + shift, **others}
                 facts[name] = {other: {"matched": True} for other in ("lcdd", "blind", "scaled")}
@@ -47,6 +47,8 @@ def test_the_verdict_of_the_experiment():
     assert "stands here" in told(0.05, 0.2, 0.2)
     assert "falls here" in told(0.2, 0.05, 0.3)
     assert "is undecided here" in told(0.100, 0.101, 0.2)
+    assert "is undecided here" in told(0.05, 0.2, 0.2, spread=0.2)         # no p under 0.05
+    assert "is undecided here" in told(0.05, 0.2, 0.2, rounding=0.2)       # less than the noise
 
 
 def test_the_benchmark_runs_on_a_stand_in(monkeypatch, capsys):
@@ -95,6 +97,10 @@ def test_stops_keep_gates_and_blind_ones_do_not_see_the_task(tmp_path):
     assert torch.equal(kept.logits > 0, carrier.logits > 0)
     ids = [[5, 6, 7]]
     assert torch.equal(net(ids, kept), net(ids, carrier))
+    again = ablate.Stops(random_carrier(net, 1.0), net, tmp_path, blind=True)       # resumed
+    assert again.lowest == stops.lowest
+    assert ablate.matched(1.2, 1.0) and ablate.matched(0.8, 1.0)
+    assert not ablate.matched(1.3, 1.0) and not ablate.matched(0.7, 1.0)
 
 
 def test_of_the_stops_the_nearest_in_loss_is_taken(tmp_path, monkeypatch):
