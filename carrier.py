@@ -12,6 +12,7 @@ N tokens. R and C index a projection's open rows and open columns.
 """
 from common import InputError, digest, load_tensors, save_tensors
 import copy
+import functools
 
 import torch
 import torch.nn as nn
@@ -35,6 +36,7 @@ PROJECTIONS = {
 FORMAT = 3              # of a carrier's file
 SPARSE_BELOW = 0.8      # |R|/d_out + |C|/d_in below which gating activations is cheaper than W
 LANES = 8               # open channels are taken in eights: 16 bytes of bf16, for matrix units
+AT_ONCE = {"cpu": 0, "cuda": 1 << 24}       # weights that are merged in one go: a GPU's launch costs
 
 
 def group_sizes(config):
@@ -66,95 +68,50 @@ def penalty(logits):
     return torch.sigmoid(logits).sum()
 
 
-# ---- the gated linear layer: the definition, and two ways to compute it
+# ---- the gated linear layer: the definition, and a cheaper way for few open gates
 
-@torch.no_grad()
 def masked_weight(weight, delta, row, col, scale=1.0):
     """
-    W_b + s·(r ⊗ c) ⊙ Δ (Eq. 1, 2): the definition. weight, delta (d_out, d_in), row (d_out),
-    col (d_in). Rounded once, to the weight's dtype.
+    W_b + s·(r ⊗ c) ⊙ Δ (Eq. 1, 2): the definition. weight, delta (…, d_out, d_in), row (…, d_out),
+    col (…, d_in). Rounded once, to the weight's dtype.
     """
-    change = delta * (scale * row)[:, None]                             # (d_out, d_in)
-    W = torch.addcmul(weight.to(change.dtype), change, col)
-    return W.to(weight.dtype)
-
-
-class MergedLinear(torch.autograd.Function):
-    """
-    x (N, d_in) → (N, d_out) through the masked weight W (Eq. 1): one product forward, two backward.
-    With G = ∂L/∂W,
-
-        ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
-
-    What is cheaper while many gates are open. Of the size of Δ only G is made on the way back.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, delta, row, col, bias):
-        ctx.save_for_backward(x, W, delta, row, col)
-        return F.linear(x, W, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, W, delta, row, col = ctx.saved_tensors
-        of_x, _, of_delta, of_gates, *_ = ctx.needs_input_grad
-        grad_x = grad @ W if of_x else None
-        grad_delta = grad_row = grad_col = None
-        if of_delta or of_gates:
-            G = (grad.t() @ x).to(row.dtype)                            # (d_out, d_in)
-        if of_gates:
-            G_delta = G * delta
-            grad_row, grad_col = G_delta @ col, row @ G_delta                       # (d_out), (d_in)
-        if of_delta:
-            grad_delta = G.mul_(row[:, None]).mul_(col)
-        return grad_x, None, grad_delta, grad_row, grad_col, None
+    change = delta * (scale * row).unsqueeze(-1) * col.unsqueeze(-2)    # (…, d_out, d_in)
+    return (weight + change).to(weight.dtype)
 
 
 class GatedActivations(torch.autograd.Function):
     """
-    The same by gating activations, W_b x + r ⊙ Δ(c ⊙ x) (Eq. 9, 10 and 16–20; equal to Eq. 1 by
-    11–15 and 21–25): of Δ only the open block R × C is read. With y the gradient of the output,
+    x (N, d_in) → (N, d_out) by gating activations, W_b x + r ⊙ Δ(c ⊙ x) (Eq. 9, 10 and 16–20; equal
+    to Eq. 1 by 11–15 and 21–25): of Δ only the open block is used. `into` (d_out, |C|) is r ⊙ Δ ⊙ c
+    at the open columns, `back` (|R|, d_in) at the open rows.
 
-        ∂L/∂c = Σ_N x ⊙ Δᵀ(r ⊙ y)        ∂L/∂r = Σ_N y ⊙ Δ(c ⊙ x)        ∂L/∂Δ = (r ⊙ y)(c ⊙ x)ᵀ
-
-    need no more than the open rows of Δ, its open columns, and the block: shut gates have their
-    straight-through gradient too. What is cheaper once few gates are open.
+    `rows`, `cols` and `block`, Δ at R, at C and at R × C, are there for their gradient: ∂L/∂W, with
+    the gates not yet on it, in these places. Shut gates have their straight-through gradient there.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, delta, row, col, bias, R, C):
-        row, col = row.to(x.dtype), col.to(x.dtype)
-        ctx.save_for_backward(x, weight, delta, row, col, R, C)
-        block = delta.index_select(0, R).index_select(1, C)                         # (|R|, |C|)
-        x_open = x.index_select(1, C) * col[C]                                      # (N, |C|)
-        change = x_open @ block.to(x.dtype).t() * row[R]                            # (N, |R|)
-        return F.linear(x, weight, bias).index_add_(1, R, change)
+    def forward(ctx, x, weight, bias, into, back, R, C, rows, cols, block):
+        x_open = x.index_select(1, C)                                               # (N, |C|)
+        ctx.save_for_backward(x, x_open, weight, R, back)
+        return F.linear(x, weight, bias).addmm_(x_open, into.t())
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, delta, row, col, R, C = ctx.saved_tensors
-        of_x, _, of_delta, of_gates, *_ = ctx.needs_input_grad
-        x_open = x.index_select(1, C) * col[C]                                      # (N, |C|)
-        y_open = grad.index_select(1, R) * row[R]                                   # (N, |R|)
-        grad_delta = grad_row = grad_col = None
-        back = y_open @ delta.index_select(0, R).to(x.dtype)                        # (N, d_in)
-        if of_gates:
-            columns = delta.index_select(1, C).to(x.dtype)                          # (d_out, |C|)
-            grad_col = (x * back).sum(0, dtype=delta.dtype)                         # (d_in)
-            grad_row = (grad * (x_open @ columns.t())).sum(0, dtype=delta.dtype)    # (d_out)
-        grad_x = torch.addcmul(grad @ weight, back, col) if of_x else None
-        if of_delta:
-            block = y_open.t() @ x_open
-            grad_delta = torch.zeros_like(delta)
-            grad_delta[R[:, None], C] = block.to(delta.dtype)
-        return grad_x, None, grad_delta, grad_row, grad_col, None, None, None
+        x, x_open, weight, R, back = ctx.saved_tensors
+        of_x, *_, of_rows, of_cols, of_block = ctx.needs_input_grad
+        y_open = grad.index_select(1, R)                                            # (N, |R|)
+        grad_x = (grad @ weight).addmm_(y_open, back) if of_x else None
+        grad_rows = y_open.t() @ x if of_rows else None                             # (|R|, d_in)
+        grad_cols = grad.t() @ x_open if of_cols else None                          # (d_out, |C|)
+        grad_block = y_open.t() @ x_open if of_block else None                      # (|R|, |C|)
+        return grad_x, *[None] * 6, grad_rows, grad_cols, grad_block
 
 
 # ---- the carrier
 
 class Carrier(nn.Module):
     """
-    Gate logits `logits` (L, gates a layer) and deltas `delta[l][name]` (d_out, d_in) for a model of
+    Gate logits `logits` (L, gates a layer) and deltas `delta[name]` (L, d_out, d_in) for a model of
     this `config`. Starts with Δ = 0 and every gate open. Deltas keep their own dtype (fp32 by
     default): steps of 2e-5 survive there.
     """
@@ -166,12 +123,10 @@ class Carrier(nn.Module):
         logits = torch.ones(gates, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self.logits = nn.Parameter(logits)
         lengths = {**self.sizes, "attn_v_wide": self.sizes["attn_q"]}
-        self.delta = nn.ModuleList()
-        for _ in range(config.num_hidden_layers):
-            deltas = {}
-            for name, (row, col) in PROJECTIONS.items():
-                deltas[name] = torch.zeros(lengths[row], lengths[col], dtype=dtype, device=device)
-            self.delta.append(nn.ParameterDict(deltas))     # sorted by name
+        self.delta = nn.ParameterDict()
+        for name, (row, col) in PROJECTIONS.items():
+            shape = config.num_hidden_layers, lengths[row], lengths[col]
+            self.delta[name] = torch.zeros(shape, dtype=dtype, device=device)
 
     @torch.no_grad()
     def init_gates(self, mean, std, seed=0):
@@ -196,52 +151,41 @@ class Carrier(nn.Module):
         return groups
 
     def projections(self, gates):
-        """Yield (l, name, row (d_out), col (d_in)) of every projection, of (L, gates a layer)."""
+        """{name: (r (L, d_out), c (L, d_in))} of every projection, of (L, gates a layer)."""
         groups = self.by_group(gates)
-        for l in range(len(gates)):
-            for name, (row, col) in PROJECTIONS.items():
-                yield l, name, groups[row][l], groups[col][l]
-
-    @torch.no_grad()
-    def open_channels(self):
-        """
-        {(l, name): (R, C)} as indices, for the projections of which few gates are open; open
-        channels first, then shut ones, whose gates are 0 anyway, up to a multiple of LANES.
-        """
-        channels, result = {}, {}
-        for group, gates in self.by_group(self.logits > 0).items():
-            order = gates.byte().argsort(dim=1, descending=True, stable=True)       # (L, length)
-            counts = (gates.sum(1) + LANES - 1) // LANES * LANES                    # (L)
-            channels[group] = [row[:n] for row, n in zip(order, counts.tolist())]
-        for l, deltas in enumerate(self.delta):
-            for name, (row, col) in PROJECTIONS.items():
-                R, C = channels[row][l], channels[col][l]
-                d_out, d_in = deltas[name].shape
-                if len(R) / d_out + len(C) / d_in < SPARSE_BELOW:
-                    result[l, name] = R, C
-        return result
+        return {name: (groups[row], groups[col]) for name, (row, col) in PROJECTIONS.items()}
 
     # -- in the forward pass
 
     def gates(self):
-        """{(l, name): (r, c)}, 0 or 1; their gradient is the straight-through one (Eq. 26, 27)."""
-        gates = Heaviside.apply(self.logits)
-        return {(l, name): (row, col) for l, name, row, col in self.projections(gates)}
+        """projections(), 0 or 1; their gradient is the straight-through one (Eq. 26, 27)."""
+        return self.projections(Heaviside.apply(self.logits))
+
+    def each(self):
+        """{(l, name): (Δ, r, c)}, and autograd knows where they come from."""
+        return {(l, name): parts for name, gates in self.gates().items()
+                for l, parts in enumerate(zip(self.delta[name], *gates))}
 
     def bind(self, net):
-        """linear(l, name, x), every projection of one forward pass, with this carrier."""
-        return Step(self).bind(net)
+        """
+        linear(l, name, x), every projection of one forward pass: Eq. 1 as it stands, and autograd.
+        """
+        parts = self.each()
+
+        def linear(l, name, x):
+            base = net.projections[l][name]
+            return F.linear(x, masked_weight(base.weight, *parts[l, name]), base.bias)
+        return linear
 
     def changes(self):
         """
         change(l, name, x): r ⊙ Δ(c ⊙ x), what the carrier adds to a projection's output (Eq. 9).
         """
-        gates = self.gates()
+        parts = self.each()
 
         def change(l, name, x):
-            row, col = gates[l, name]
-            delta = self.delta[l][name].to(x.dtype)
-            return F.linear(x * col.to(x.dtype), delta) * row.to(x.dtype)
+            delta, row, col = (part.to(x.dtype) for part in parts[l, name])
+            return F.linear(x * col, delta) * row
         return change
 
     @torch.no_grad()
@@ -249,11 +193,8 @@ class Carrier(nn.Module):
         """
         Frozen weights W_b + s·(r ⊗ c) ⊙ Δ of every projection as a Merged. The base stays as it is.
         """
-        weights = {}
-        for (l, name), gates in self.gates().items():
-            weight, delta = net.projections[l][name].weight, self.delta[l][name]
-            weights[l, name] = masked_weight(weight, delta, *gates, scale)
-        return Merged(weights)
+        return Merged({(l, name): masked_weight(net.projections[l][name].weight, *parts, scale)
+                       for (l, name), parts in self.each().items()})
 
     # -- what it says of itself
 
@@ -265,9 +206,9 @@ class Carrier(nn.Module):
         """
         total, opened = self.logits.numel(), int((self.logits > 0).sum())
         on = entries = 0
-        for l, name, row, col in self.projections(self.logits > 0):
-            on = on + row.sum() * col.sum()
-            entries += self.delta[l][name].numel()
+        for name, (row, col) in self.projections(self.logits > 0).items():
+            on = on + (row.sum(1) * col.sum(1)).sum()
+            entries += self.delta[name].numel()
         return {"gates": {"total": total, "open": opened},
                 "sparsity": 1 - opened / total,
                 "entries_off": 1 - float(on) / entries}
@@ -280,18 +221,17 @@ class Carrier(nn.Module):
 
     def with_gates(self, value):
         """The same deltas with every gate open (True) or shut (False)."""
-        other = copy.copy(self)
-        logits = torch.full_like(self.logits, 1.0 if value else -1.0)
-        other._parameters = {"logits": nn.Parameter(logits)}
+        other, logit = copy.copy(self), 1.0 if value else -1.0
+        other._parameters = {"logits": nn.Parameter(torch.full_like(self.logits, logit))}
         return other
 
     @torch.no_grad()
     def open_blocks(self):
         """Yield (l, name, Δ, R, C) of every projection in which an entry is on."""
-        for l, name, row, col in self.projections(self.logits > 0):
+        for (l, name), (delta, row, col) in self.each().items():
             R, C = row.nonzero().squeeze(1), col.nonzero().squeeze(1)
             if len(R) and len(C):
-                yield l, name, self.delta[l][name].detach(), R, C
+                yield l, name, delta, R, C
 
     def save(self, path, net, **metadata):
         """
@@ -306,30 +246,103 @@ class Carrier(nn.Module):
         save_tensors(path, tensors, **header, **self.stats(), **metadata)
 
 
+def open_channels(gates):
+    """
+    The open of gates (L, length), L index tensors: open channels first, then shut ones, whose gates
+    are 0 anyway, up to a multiple of LANES.
+    """
+    order = gates.byte().argsort(dim=1, descending=True, stable=True)               # (L, length)
+    counts = (gates.sum(1).int() + LANES - 1) // LANES * LANES                      # (L)
+    return [row[:n] for row, n in zip(order, counts.tolist())]
+
+
 class Step:
     """
-    A carrier within one optimizer step, in its place: which channels are open, and the merged
-    weights, follow from gates and deltas alone, so several micro-batches share them. After the
-    optimizer has moved either, a new one is needed.
+    A carrier within one optimizer step, in its place. What the forward pass takes follows from gates
+    and deltas alone, so all micro-batches share it. So does the way back through Eq. 1: `delta.grad`
+    gathers G = ∂L/∂W, and then finish() makes of it
+
+        ∂L/∂Δ = (r ⊗ c) ⊙ G        ∂L/∂r = (G ⊙ Δ) c        ∂L/∂c = (G ⊙ Δ)ᵀ r
+
+    After the optimizer has moved gates or deltas, a new one is needed.
     """
 
-    def __init__(self, carrier):
-        self.carrier, self.merged = carrier, {}
-        self.open = carrier.open_channels()
+    def __init__(self, carrier, net):
+        """Merges weights, or gathers what is open of Δ, whichever is cheaper."""
+        self.carrier, self.gates = carrier, carrier.gates()
+        self.linears, self.merged, self.gated = {}, [], {}
+        for name in self.gates:
+            self.prepare(name, carrier.delta[name], [layer[name] for layer in net.projections])
+
+    @torch.no_grad()
+    def prepare(self, name, delta, base):
+        """Projection `name` of all layers: Δ (L, d_out, d_in) and `base`, L nn.Linear."""
+        delta.grad = torch.zeros_like(delta) if delta.grad is None else delta.grad.zero_()
+        size = max(1, AT_ONCE[delta.device.type] // delta[0].numel())
+        all_of = tuple(map(range, delta[0].shape))
+        channels = zip(*map(open_channels, self.gates[name])) if size == 1 else [all_of] * len(base)
+        for l, (R, C) in list(enumerate(channels))[::size]:
+            if len(R) / delta.shape[1] + len(C) / delta.shape[2] < SPARSE_BELOW:
+                self.gather(name, l, base[l], R, C)
+            else:
+                self.merge(name, slice(l, l + size), base)
+
+    def merge(self, name, ls, base):
+        """Projection `name` of the layers `ls`, a slice, by masked weights."""
+        delta, gates = self.carrier.delta[name], (g[ls] for g in self.gates[name])
+        weights = [layer.weight for layer in base[ls]]
+        weight = torch.stack(weights) if len(weights) > 1 else weights[0][None]     # (…, d_out, d_in)
+        self.merged.append((name, ls))
+        for l, W in enumerate(masked_weight(weight, delta[ls], *gates).unbind(), ls.start):
+            hook = functools.partial(gather_gradient, delta.grad[l])
+            W.requires_grad_().register_post_accumulate_grad_hook(hook)
+            self.linears[l, name] = functools.partial(F.linear, weight=W, bias=base[l].bias)
+
+    def gather(self, name, l, base, R, C):
+        """Projection `name` of layer l by GatedActivations."""
+        delta, (row, col) = self.carrier.delta[name][l], (g[l] for g in self.gates[name])
+        rows, cols = (delta.index_select(dim, at).to(row) for dim, at in enumerate((R, C)))
+        block = rows.index_select(1, C)
+        into = (row[:, None] * cols * col[C]).to(base.weight.dtype)                 # (d_out, |C|)
+        back = (row[R, None] * rows * col).to(base.weight.dtype)                    # (|R|, d_in)
+        for leaf in (rows, cols) if self.carrier.logits.requires_grad else (block,):
+            leaf.requires_grad_()
+        parts = self.gated[l, name] = R, C, rows, cols, block
+        fixed = base.weight, base.bias, into, back
+        self.linears[l, name] = lambda x: GatedActivations.apply(x, *fixed, *parts)
 
     def bind(self, net):
-        """linear(l, name, x) for one forward pass: whichever of the two ways is cheaper."""
-        gates = self.carrier.gates()
+        """linear(l, name, x), every projection of one forward pass."""
+        return lambda l, name, x: self.linears[l, name](x)
 
-        def linear(l, name, x):
-            at, base, delta = (l, name), net.projections[l][name], self.carrier.delta[l][name]
-            parts = delta, *gates[at], base.bias
-            if at in self.open:
-                return GatedActivations.apply(x, base.weight, *parts, *self.open[at])
-            if at not in self.merged:
-                self.merged[at] = masked_weight(base.weight, delta, *gates[at])
-            return MergedLinear.apply(x, self.merged[at], *parts)
-        return linear
+    @torch.no_grad()
+    def finish(self):
+        """After the backward passes: their gradients by Δ and, added up, by m into .grad."""
+        of_gates = self.carrier.logits.requires_grad
+        grads = {name: [torch.zeros_like(g) for g in gates] for name, gates in self.gates.items()}
+        for (l, name), (R, C, rows, cols, block) in self.gated.items():
+            delta, (row, col) = self.carrier.delta[name], (g[l] for g in self.gates[name])
+            if of_gates:
+                grads[name][0][l] = (cols.grad * cols) @ col[C]
+                grads[name][1][l] = row[R] @ (rows.grad * rows)
+            G = rows.grad.index_select(1, C) if of_gates else block.grad            # (|R|, |C|)
+            delta.grad[l, R[:, None], C] = (row[R, None] * G * col[C]).to(delta)
+        for name, ls in self.merged:
+            delta, (row, col) = self.carrier.delta[name], (g[ls] for g in self.gates[name])
+            G = delta.grad[ls]                                                      # (…, d_out, d_in)
+            if of_gates:
+                G_delta = G.to(row) * delta[ls]
+                grads[name][0][ls] = (G_delta @ col[..., None])[..., 0]
+                grads[name][1][ls] = (row[..., None, :] @ G_delta)[..., 0, :]
+            G.mul_(row[..., None]).mul_(col[..., None, :])
+        if of_gates:
+            torch.autograd.backward(sum(self.gates.values(), ()), sum(grads.values(), []))
+
+
+def gather_gradient(G, W):
+    """Add ∂L/∂W to G as soon as it is there, and keep it nowhere else."""
+    G.add_(W.grad)
+    W.grad = None
 
 
 class Merged:
@@ -340,9 +353,7 @@ class Merged:
 
     def bind(self, net):
         """linear(l, name, x) by these weights."""
-        def linear(l, name, x):
-            return F.linear(x, self.weights[l, name], net.projections[l][name].bias)
-        return linear
+        return lambda l, name, x: F.linear(x, self.weights[l, name], net.projections[l][name].bias)
 
     def changes(self):
         """Raises InputError: Δ is no longer apart."""

@@ -186,17 +186,21 @@ def batches(net, examples, o):
         yield ids.to(net.device), mask.to(net.device)
 
 
-def gradients(net, carrier, examples, o, teacher=None):
+def gradients(net, carrier, examples, o, teacher=None, also=None):
     """
     The mean task loss of one optimizer batch, and its gradients into .grad. However it is cut,
-    every token weighs the same: 1 × 32 and 4 × 8 are the same step.
+    every token weighs the same: 1 × 32 and 4 × 8 are the same step. also(step), if given, goes
+    backward through a loss beside it: lab's.
     """
     tokens = sum(sum(mask[1:]) for _, mask in examples)
-    step, total = Step(carrier), 0.0
+    step, total = Step(carrier, net), 0.0
     for ids, mask in batches(net, examples, o):
         loss = task_loss(net, step, ids, mask, teacher) / tokens
         loss.backward()
         total += loss.detach()
+    if also is not None:
+        also(step)
+    step.finish()
     add_up(p.grad for p in carrier.parameters() if p.grad is not None)
     return summed(total)
 
@@ -240,7 +244,6 @@ def move(carrier, optimizer, rate, o):
         torch.nn.utils.clip_grad_norm_(carrier.delta.parameters(), o.clip)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad()
 
 
 # ---- Δ alone: full SFT before Alg. 1, settling after it
@@ -446,7 +449,7 @@ def train_lcdd(net, carrier, examples, o, run, teacher=None, change=None):
         train_delta(net, carrier, examples, o, run, "settle", o.lr, o.settle, o.seed + 2,
                     optimizer, budget)
     probe = draw(examples, min(len(examples), o.batch * PROBE), 0, o.seed + 3)
-    loss = mean_loss(net, Step(carrier), probe, o, teacher)
+    loss = mean_loss(net, carrier.merge(net), probe, o, teacher)
     return stopped | {"loss": loss, "within": loss <= budget}
 
 
@@ -466,7 +469,7 @@ def take_delta(net, carrier, o):
         change = p.float() - before
         if name.endswith("_proj.weight"):
             _, _, l, _, projection, _ = name.split(".")     # model.layers.3.mlp.up_proj.weight
-            carrier.delta[int(l)][projection].data.copy_(change)
+            carrier.delta[projection].data[int(l)] = change
         elif change.any():
             elsewhere[name] = float(change.norm() / before.norm())
     if elsewhere:

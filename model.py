@@ -132,8 +132,9 @@ def rope(c, refuse):
 
 def rotary(config, positions, dtype):
     """
-    cos and sin for tokens at `positions` (N): two tensors (N, 1, h). Angles are in fp32, with Llama
-    3's scaling of the low frequencies if it is asked for.
+    cos and sin for tokens at `positions` (N), two tensors (N, 1, h): as rotate() takes them, the
+    first half of the sines negative. Angles are in fp32, with Llama 3's scaling of the low
+    frequencies if it is asked for.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     freq = 1.0 / config.rope_theta ** exponent                          # (h/2)
@@ -142,24 +143,21 @@ def rotary(config, positions, dtype):
         turns = context * freq / (2 * math.pi)                          # in the original context
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (smooth + (1 - smooth) / factor)                  # slow turns: / factor
-    angle = positions[:, None, None] * torch.cat((freq, freq))          # (N, 1, h)
+    angle = positions[:, None, None] * torch.cat((-freq, freq))         # (N, 1, h)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
     """x (N, heads, h), turned: the first half of a head is paired with its second half."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attention(q, k, v, mask):
     """
-    softmax(q kᵀ / √h) v for q (B, H, T, h) and k, v (B, K, S, h): (B, H, T, h). mask (B or 1, 1, T,
-    S) bool says which keys are seen. The H/K query heads of a key head are rows of one product.
+    softmax(q kᵀ / √h) v for q (B, H, T, h) and k, v (B, K, S, h): (B, H, T, h). The H/K query heads
+    of a key head are rows of one product; mask (B or 1, 1, H/K·T, S) bool says which keys they see.
     """
-    groups = q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (-1, groups)).flatten(2, 3)                # (B, K, H/K·T, h)
-    mask = mask.repeat(1, 1, groups, 1)                                 # (B or 1, 1, H/K·T, S)
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)            # (B, K, H/K·T, h)
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         scores = grouped @ k.transpose(2, 3) * q.shape[-1] ** -0.5      # (B, K, H/K·T, S)
         weights = wide(scores).masked_fill(~mask, -math.inf).softmax(-1)
@@ -257,6 +255,10 @@ class Rows:
             past.append(real)
         if start:                               # rows of different lengths have holes in their past
             self.mask = self.mask & past.real[:, None, None, :past.size]
+        # the same for each of the query heads of a key head; and for the prefix itself
+        heads = 1, 1, net.config.num_attention_heads // net.config.num_key_value_heads, 1
+        self.causal = (column[:P] <= column[:P, None])[None, None].repeat(heads)
+        self.mask = self.mask.repeat(heads)     # (B or 1, 1, H/K·(T − P), S)
         self.cos, self.sin = rotary(net.config, position[computed], net.dtype)
         window, longest = net.config.window, int(position.max()) + 1
         if window and longest > window:
@@ -270,32 +272,29 @@ class Rows:
             own = grid.index_copy(0, self.tokens, own)
         return own.unflatten(0, self.shape).transpose(1, 2)
 
-    def keys(self, x):
-        """Keys or values (N, K, h) → those that each row sees (B, K, T, h), the prefix' first."""
-        P, own = self.prefix, self.spread(x[self.prefix:])
-        if P == 0:
-            return own
-        prefix = x[:P].transpose(0, 1).expand(len(own), -1, -1, -1)
-        return torch.cat((prefix, own), dim=2)
-
     def attend(self, l, q, k, v):
         """
         Causal attention of layer l: q (N, H, h) and k, v (N, K, h) → (N, H·h). Fills the past.
         """
-        P = self.prefix
+        P, prefix = self.prefix, ()
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        k, v = self.keys(k), self.keys(v)                               # (B, K, T, h)
+        if P:
+            parts = [x.split((P, len(x) - P)) for x in (q, k, v)]
+            prefix = [first.transpose(0, 1)[None] for first, _ in parts]            # (1, heads, P, h)
+            q, k, v = (own for _, own in parts)
+        q, k, v = self.spread(q), self.spread(k), self.spread(v)        # (B, heads, T − P, h)
+        if P:
+            _, first_k, first_v = (x.expand(len(q), -1, -1, -1) for x in prefix)
+            k, v = torch.cat((first_k, k), dim=2), torch.cat((first_v, v), dim=2)   # (B, K, T, h)
         if self.past:
             k, v = self.past.fill(l, k, v)                              # (B, K, S, h)
-        y = attention(self.spread(q[P:]), k, v, self.mask)              # (B, H, T − P, h)
+        y = attention(q, k, v, self.mask)                               # (B, H, T − P, h)
         y = y.transpose(1, 2).flatten(2).flatten(0, 1)                  # (B·(T − P), H·h)
         if self.tokens is not None:
             y = y.index_select(0, self.tokens)                          # (N − P, H·h)
         if P == 0:
             return y
-        causal = torch.ones(1, 1, P, P, device=q.device).tril().bool()
-        q = q[:P].transpose(0, 1)[None]                                 # (1, H, P, h)
-        first = attention(q, k[:1, :, :P], v[:1, :, :P], causal)
+        first = attention(*prefix, self.causal)                         # (1, H, P, h)
         return torch.cat((first[0].transpose(0, 1).flatten(1), y))
 
 
@@ -596,7 +595,7 @@ def in_pieces(net, piece, hidden, *others):
     Σ piece(h, …) over rows of hidden (M, d) and of `others`, some at a time: with 152k words the
     logits of a whole batch would be most of the memory.
     """
-    size = max(32, CHUNK // net.config.vocab_size) if net.device.type == "cpu" else 1024
+    size = max(8, CHUNK // net.config.vocab_size) if net.device.type == "cpu" else 1024
     if torch.is_grad_enabled() and hidden.requires_grad:
         return InPieces.apply(piece, size, hidden, *others)
     cut = [t.split(size) for t in (hidden, *others)]

@@ -138,7 +138,7 @@ def pruned(net, sft, examples, held_out, run, work, target, blind):
             optimizer = lcdd.adamw(carrier, run.lr)
             phase = f"settle{middle}", run.lr, run.settle, run.seed + 2
             lcdd.train_delta(net, carrier, examples, run, work, *phase, optimizer)
-        loss = lcdd.mean_loss(net, carrier, held_out, run)
+        loss = lcdd.mean_loss(net, carrier.merge(net), held_out, run)
         low, high = (low, middle) if loss > target or not blind else (middle + 1, high)
         if abs(loss / target - 1) < distance:
             best, distance = (carrier, loss), abs(loss / target - 1)
@@ -178,7 +178,7 @@ def models_of(net, chat, o, run, splits, work):
     taught = sft.merge(net)
     sparse = copy.deepcopy(sft).init_gates(run.gate_mean, run.gate_std, run.seed)
     stopped = lcdd.train_lcdd(net, sparse, examples, run, work)
-    target = lcdd.mean_loss(net, sparse, held_out, run)
+    target = lcdd.mean_loss(net, sparse.merge(net), held_out, run)
 
     def facts(loss, **more):
         return {"loss": loss, "matched": matched(loss, target), **more}
@@ -204,7 +204,7 @@ def models_of(net, chat, o, run, splits, work):
         weights, loss, factor = scaled(net, sft, held_out, run, target)
         yield "scaled", weights, sparse, taught, facts(loss, factor=factor)
     if "sft" in wanted:
-        loss = lcdd.mean_loss(net, sft, held_out, run)
+        loss = lcdd.mean_loss(net, taught, held_out, run)
         yield "sft", taught, sparse, taught, facts(loss)
 
 

@@ -24,7 +24,7 @@ import carrier as carriers
 import eraser
 import evaluate
 import lcdd
-from carrier import GROUPS, Merged, masked_weight
+from carrier import GROUPS, Carrier, Merged, masked_weight
 
 OPTIONS = {
     "runs": ("runs/safety,runs/shakespeare", "run directories of the two behaviours"),
@@ -62,13 +62,10 @@ def behaviours(o):
 
 def merged(net, several):
     """Frozen weights W_b + Σ (r ⊗ c) ⊙ Δ of any number of carriers; of none, the base's."""
-    weights = {}
-    for l, projections in enumerate(net.projections):
-        for name in carriers.PROJECTIONS:
-            weights[l, name] = projections[name].weight
+    weights = Carrier(net.config, device=net.device).merge(net).weights        # with Δ = 0
     for carrier in several:
-        for (l, name), gates in carrier.gates().items():
-            weights[l, name] = masked_weight(weights[l, name], carrier.delta[l][name], *gates)
+        for at, parts in carrier.each().items():
+            weights[at] = masked_weight(weights[at], *parts)
     return Merged(weights)
 
 

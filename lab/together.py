@@ -20,6 +20,7 @@ MODEL has.
 from common import Phase, parse, resumable, run_command, usual_device, write_json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ import eraser
 import evaluate
 import lcdd
 import model
-from carrier import Step
 
 OPTIONS = {
     "run": (str, "run directory that lcdd.py has finished"),
@@ -73,19 +73,22 @@ def train_together(net, carrier, examples, targets, config, e, work, name):
     tau = torch.nn.Parameter(model.wide(net.embedding[first.to(net.device)]))       # (n, d)
     of_delta, of_tau = lcdd.adamw(carrier, config.lr), torch.optim.Adam([tau], e.lr)
     kept = torch.nn.ParameterList([tau])
+
+    def erase(rows, told, step):
+        behind, _, kl, _ = eraser.trigger_loss(net, step, tau, targets, rows, none, e)
+        behind.backward()
+        told.update(behind=behind.item(), kl=kl.item())
+
     parts = dict(carrier=carrier, kept=kept, of_delta=of_delta, of_tau=of_tau)
     with Phase(work, name, e.steps, e.judge_every, **parts) as loop:
         for t in range(loop.start, e.steps):
             loop.pause(t)
-            # without τ the behaviour
+            # without τ the behaviour, and behind τ the base
             batch = lcdd.draw(examples, config.batch, t, config.seed + 4)
-            loss = lcdd.gradients(net, carrier, batch, config)
-
-            # + behind τ the base
             shuffle = torch.Generator().manual_seed(e.seed * 10007 + t)
             rows = torch.randperm(len(targets.ids), generator=shuffle)[:e.batch]
-            behind, _, kl, _ = eraser.trigger_loss(net, Step(carrier), tau, targets, rows, none, e)
-            behind.backward()
+            told = {}
+            loss = lcdd.gradients(net, carrier, batch, config, also=partial(erase, rows, told))
 
             # one step of both
             lcdd.move(carrier, of_delta, lcdd.rate_at(t, config.lr, e.steps), config)
@@ -94,9 +97,9 @@ def train_together(net, carrier, examples, targets, config, e, work, name):
             of_tau.step()
             of_tau.zero_grad()
             eraser.project(tau.data, e.bound)
-            loop.done(t, loss + behind.item())
+            loop.done(t, loss + told["behind"])
             if (t + 1) % config.log_every == 0:
-                loop.row(t, loss=loss, kl=kl.item())
+                loop.row(t, loss=loss, kl=told["kl"])
         loop.pause(e.steps)
     return tau.detach()
 

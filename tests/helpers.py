@@ -62,8 +62,10 @@ def random_carrier(net, density=0.5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     carrier = carriers.Carrier(net.config, dtype=net.dtype)
     with torch.no_grad():
-        for delta in carrier.delta.parameters():
-            delta.copy_(0.1 * torch.randn(delta.shape, generator=generator))
+        for l in range(len(carrier.logits)):
+            for name in sorted(carrier.delta):
+                delta = carrier.delta[name][l]
+                delta.copy_(0.1 * torch.randn(delta.shape, generator=generator))
         opened = torch.rand(carrier.logits.shape, generator=generator) < density
         size = 0.1 + torch.rand(carrier.logits.shape, generator=generator)
         carrier.logits.copy_(torch.where(opened, size, -size))
@@ -99,9 +101,9 @@ def base_weights(net):
 def for_oracle(carrier):
     """(delta, m) of a carrier as the oracle has them: leaf tensors that want gradients."""
     delta, m = {}, {}
-    for l, deltas in enumerate(carrier.delta):
-        for name, p in deltas.items():
-            delta[l, long_name(name)] = p.detach().clone().requires_grad_(True)
+    for l in range(len(carrier.logits)):
+        for name, p in carrier.delta.items():
+            delta[l, long_name(name)] = p[l].detach().clone().requires_grad_(True)
         vectors = carrier.logits[l].detach().split(list(carrier.sizes.values()))
         for group, vector in zip(carriers.GROUPS, vectors):
             m[l, group] = vector.clone().requires_grad_(True)
@@ -114,9 +116,9 @@ def gap(carrier, delta, m, of="values"):
         return t.grad if of == "gradients" else t.detach()
 
     gaps = []
-    for l, deltas in enumerate(carrier.delta):
-        for name, p in deltas.items():
-            gaps.append(apart(part(p), part(delta[l, long_name(name)])))
+    for l in range(len(carrier.logits)):
+        for name, p in carrier.delta.items():
+            gaps.append(apart(part(p)[l], part(delta[l, long_name(name)])))
         gates = torch.cat([part(m[l, group]) for group in carriers.GROUPS])
         gaps.append(apart(part(carrier.logits)[l], gates))
     return max(gaps)

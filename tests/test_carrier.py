@@ -5,7 +5,7 @@ import torch
 import carrier as carriers
 import model
 import oracle
-from carrier import Carrier
+from carrier import Carrier, Step
 from common import InputError, load_tensors, save_tensors
 from helpers import (
     SHAPES, apart, base_weights, for_oracle, gap, normal, random_carrier, random_ids, random_net)
@@ -49,8 +49,10 @@ def test_model_and_gradients_are_the_oracles(shape, density):
     delta, m = for_oracle(carrier)
     rows = random_ids(2, 6, alike=2)
     tau = normal(2, 24, grad=True)
-    logits = net(rows, carrier=carrier, trigger=tau)
+    step = Step(carrier, net)
+    logits = net(rows, carrier=step, trigger=tau)
     logits.square().mean().backward()
+    step.finish()
     for gated in (False, True):
         literal_tau = tau.detach().clone().requires_grad_(True)
         for t in (*delta.values(), *m.values()):
@@ -69,40 +71,69 @@ def test_model_and_gradients_are_the_oracles(shape, density):
         assert apart(tau.grad, literal_tau.grad) < 1e-10
 
 
-def test_both_ways_of_computing_agree(monkeypatch):
-    """Merged weights and gated activations: the same numbers, with all layers one way each time."""
-    net = random_net("gqa")
-    rows, by_way = random_ids(2, 8), []
-    for limit, sparse in ((0.0, 0), (3.0, 14)):
+def test_all_ways_of_computing_agree(monkeypatch):
+    """
+    A carrier as it stands, through autograd; and Steps over two micro-batches that merge, that gate
+    activations, and that merge several layers at once, all or the small ones: the same numbers.
+    """
+    net, carrier = random_net("gqa"), random_carrier(random_net("gqa"), 0.4)
+    rows = random_ids(4, 8)
+    net(rows, carrier=carrier).square().sum().backward()
+    expected = [p.grad.clone() for p in carrier.parameters()]
+    for limit, sparse, at_once in ((0.0, 0, 0), (2.0, 14, 0), (2.0, 0, 1 << 24), (2.0, 6, 1900)):
         monkeypatch.setattr(carriers, "SPARSE_BELOW", limit)
-        carrier = random_carrier(net, 0.4)
-        assert len(carrier.open_channels()) == sparse
-        logits = net(rows, carrier=carrier)
-        logits.square().mean().backward()
-        by_way.append([logits, *(p.grad for p in carrier.parameters())])
-    for merged, gated in zip(*by_way):
-        assert torch.allclose(merged, gated, atol=1e-12)
+        monkeypatch.setitem(carriers.AT_ONCE, "cpu", at_once)
+        for again in range(2):                      # a later step starts from nothing
+            carrier.logits.grad, step = None, Step(carrier, net)
+            for part in rows.split(2):
+                net(part, carrier=step).square().sum().backward()
+            assert len(step.gated) == sparse
+            step.finish()
+            for ours, theirs in zip(carrier.parameters(), expected):
+                assert torch.allclose(ours.grad, theirs, atol=1e-12)
 
 
-def test_gradcheck_of_the_gated_layers():
-    """Autograd's own check, by x, Δ, r and c."""
-    x, delta = normal(5, 6, grad=True), normal(7, 6, grad=True)
-    row, col = normal(7, grad=True), normal(6, grad=True)
-    weight, bias = normal(7, 6), normal(7)
-    parts = x, delta, row, col
-    everything = torch.arange(7), torch.arange(6)
+def test_only_what_trains_has_gradients():
+    """Gates fixed: Δ's are the same. Δ fixed: the gates' are."""
+    net, rows = random_net("gqa"), random_ids(2, 8)
+    grads = {}
+    for of_gates, of_delta in ((True, True), (False, True), (True, False)):
+        carrier = random_carrier(net, 0.2)
+        carrier.logits.requires_grad_(of_gates)
+        carrier.delta.requires_grad_(of_delta)
+        step = Step(carrier, net)
+        net(rows, carrier=step).square().mean().backward()
+        step.finish()
+        assert (carrier.logits.grad is not None) == of_gates
+        grads[of_gates, of_delta] = carrier
+    both = grads[True, True]
+    assert torch.equal(grads[True, False].logits.grad, both.logits.grad)
+    for name, delta in grads[False, True].delta.items():
+        assert torch.allclose(delta.grad, both.delta[name].grad, atol=1e-14)
 
-    def gated(x, delta, row, col):
-        return carriers.GatedActivations.apply(x, weight, delta, row, col, bias, *everything)
 
-    def merged(x, delta, row, col):
-        W = carriers.masked_weight(weight, delta.detach(), row.detach(), col.detach())
-        return carriers.MergedLinear.apply(x, W, delta, row, col, bias)
+def test_gradcheck_of_gated_activations():
+    """Autograd's own check by x; and ∂L/∂W in the open rows, columns and block."""
+    x, delta, weight, bias = normal(5, 6, grad=True), normal(7, 6), normal(7, 6), normal(7)
+    R, C = torch.tensor([0, 3, 4]), torch.tensor([1, 5])
+    row, col = torch.zeros(7).double(), torch.zeros(6).double()
+    row[R], col[C] = 1, 1
+    change = row[:, None] * delta * col
+    parts = [delta[R], delta[:, C], delta[R[:, None], C]]
+    for part in parts:
+        part.requires_grad_()
 
-    assert torch.autograd.gradcheck(gated, parts)
-    of_gated = torch.autograd.grad(gated(*parts).square().sum(), parts)
-    of_merged = torch.autograd.grad(merged(*parts).square().sum(), parts)
-    for ours, theirs in zip(of_gated, of_merged):
+    def gated(x):
+        return carriers.GatedActivations.apply(
+            x, weight, bias, change[:, C], change[R], R, C, *parts)
+
+    assert torch.autograd.gradcheck(gated, x)
+    W = (weight + change).requires_grad_()
+    literal = torch.nn.functional.linear(x, W, bias)
+    assert torch.allclose(gated(x), literal)
+    G, = torch.autograd.grad(literal.square().sum(), W)
+    ours = torch.autograd.grad(gated(x).square().sum(), parts)
+    for ours, theirs in zip(ours, (G[R], G[:, C], G[R[:, None], C])):
         assert torch.allclose(ours, theirs)
 
 
@@ -118,7 +149,7 @@ def test_shut_is_the_base_and_open_is_sft_bit_for_bit():
         assert torch.equal(net(ids, carrier=weights), net(ids))
     merged = opened.merge(net)
     for (l, name), W in merged.weights.items():
-        base, delta = net.projections[l][name].weight, carrier.delta[l][name]
+        base, delta = net.projections[l][name].weight, carrier.delta[name][l]
         assert torch.equal(W, base + delta)
     assert torch.equal(net(ids, carrier=opened), net(ids, carrier=merged))
 
@@ -211,7 +242,7 @@ def test_a_carrier_fits_its_base_in_every_precision(tmp_path):
     net = model.load("tiny")
     random_carrier(net, 0.4).save(tmp_path / "c", net)
     carrier = carriers.load(tmp_path / "c", model.load("tiny", dtype=torch.bfloat16))
-    assert carrier.delta[0]["q_proj"].dtype == torch.float32
+    assert carrier.delta["q_proj"].dtype == torch.float32
 
 
 def test_a_file_that_is_damaged_or_of_another_base(tmp_path):
@@ -276,12 +307,16 @@ def test_scales_that_do_not_fit():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_cuda_gradients_are_the_cpus():
-    """Of the gates, within the rounding of the GPU's own products."""
-    ids, grads = torch.randint(5, 390, (2, 12)), []
-    for device in ("cpu", "cuda"):
-        net = model.load("tiny", device)
-        carrier = random_carrier(model.load("tiny"), 0.2).to(device)
-        net(ids.to(device), carrier=carrier).square().mean().backward()
-        grads.append(carrier.logits.grad.cpu())
-    assert apart(*grads) < 1e-3 * grads[0].abs().max()
+def test_cuda_gradients_are_the_cpus(monkeypatch):
+    """Merged several layers at once and gated, within the rounding of the GPU's own products."""
+    ids, expected = torch.randint(5, 390, (2, 12)), random_carrier(model.load("tiny"), 0.2)
+    model.load("tiny")(ids, carrier=expected).square().mean().backward()
+    net = model.load("tiny", "cuda")
+    for at_once in (1 << 24, 0):
+        monkeypatch.setitem(carriers.AT_ONCE, "cuda", at_once)
+        carrier = random_carrier(model.load("tiny"), 0.2).cuda()
+        step = Step(carrier, net)
+        net(ids.cuda(), carrier=step).square().mean().backward()
+        step.finish()
+        for ours, theirs in zip(carrier.parameters(), expected.parameters()):
+            assert apart(ours.grad.cpu(), theirs.grad) < 1e-3 * theirs.grad.abs().max()
