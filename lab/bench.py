@@ -30,7 +30,8 @@ from carrier import Carrier, penalty
 
 OPTIONS = {
     "device": (usual_device(), "cpu or cuda"),
-    "dtypes": ("float32,bfloat16", "of the models, in turn"),
+    "dtypes": (
+        "bfloat16" if usual_device() == "cuda" else "float32,bfloat16", "of the models, in turn"),
     "rounds": (3, "counted rounds"),
     "layers": (30, "SmolLM2-135M has 30"),
     "width": (576, "hidden size: SmolLM2-135M has 576"),
@@ -42,9 +43,6 @@ PROMPTS, NEW = 32, 32           # of the generation: prompts, and new tokens for
 WORDS = 49152                   # of the vocabulary
 SAME, RESPONSE = 24, 6          # of a row: tokens that all begin with, tokens of response
 LENGTH = 34                     # tokens of the trigger, eraser.py's default at width 576
-CASES = (
-    "sft", *(f"lcdd {density}" for density in OPEN), "transformers sft",
-    "trigger", "peft trigger", "generate", "transformers generate")
 
 
 # ---- random models, carriers and batches
@@ -117,18 +115,26 @@ def synchronised(device):
 
 # ---- the cases: each makes what it needs, and returns the function that is timed
 
-def lcdd_step(net, o, density, sft=False, longer=1):
-    """One optimizer step of Alg. 1, or of SFT: gradients, penalty, clipping, AdamW and SGD."""
+def lcdd_step(net, o, density, kind="lcdd", longer=1):
+    """
+    One optimizer step of Alg. 1, or of SFT, or by Eq. 1 as it stands and autograd (literal):
+    gradients, penalty, clipping, AdamW and SGD.
+    """
     carrier, examples = random_carrier(net, density), random_batch(o.rows, longer)
     words = ["--batch", str(o.rows), "--device", o.device]
     settings = lcdd.fit(lcdd.options(words), o.width, 1000)
-    carrier.logits.requires_grad_(not sft)
+    ids, mask = (t.to(net.device) for t in data.collate(examples))
+    carrier.logits.requires_grad_(kind != "sft")
     optimizer = lcdd.adamw(carrier, 1e-5)
     gates = torch.optim.SGD([carrier.logits], lr=1e-3)
 
     def step():
-        lcdd.gradients(net, carrier, examples, settings)
-        if not sft:
+        if kind == "literal":
+            carrier.delta.zero_grad()
+            lcdd.task_loss(net, carrier, ids, mask).backward()
+        else:
+            lcdd.gradients(net, carrier, examples, settings)
+        if kind != "sft":
             (0.01 * penalty(carrier.logits)).backward()
             gates.step()
             gates.zero_grad()
@@ -233,17 +239,16 @@ def transformers_generation(net, o):
 
 
 OTHERS = {
-    "trigger": trigger_step, "transformers sft": transformers_step, "peft trigger": peft_step,
+    "transformers sft": transformers_step, "trigger": trigger_step, "peft trigger": peft_step,
     "generate": generation, "transformers generate": transformers_generation}
+CASES = "sft 1.0", *(f"lcdd {density}" for density in OPEN), "literal 1.0", *OTHERS
 
 
 def make(case, net, o):
     """The function of a case that is timed."""
     name, _, density = case.partition(" ")
-    if name == "lcdd":
-        return lcdd_step(net, o, float(density))
-    if name == "sft":
-        return lcdd_step(net, o, 1.0, sft=True)
+    if name in ("sft", "lcdd", "literal"):
+        return lcdd_step(net, o, float(density), name)
     return OTHERS[case](net, o)
 
 

@@ -321,7 +321,7 @@ def bench():
             ratio = spent / seconds[theirs.get(case, "transformers sft")]
             memory = measured["bytes"][dtype].get(case)
             peak = f"{memory / 1e9:.2f}" if memory else "–"
-            rows.setdefault(case, [case]).extend([f"{spent:.2f}", f"{ratio:.2f}", peak])
+            rows.setdefault(case, [case]).extend([f"{spent:.3f}", f"{ratio:.2f}", peak])
     return markdown(header, rows.values()) + f"\n\n{measured['machine']}, torch {measured['torch']}."
 
 
