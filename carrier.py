@@ -75,8 +75,8 @@ def masked_weight(weight, delta, row, col, scale=1.0):
     W_b + s·(r ⊗ c) ⊙ Δ (Eq. 1, 2): the definition. weight, delta (…, d_out, d_in), row (…, d_out),
     col (…, d_in). Rounded once, to the weight's dtype.
     """
-    change = delta * (scale * row).unsqueeze(-1) * col.unsqueeze(-2)    # (…, d_out, d_in)
-    return (weight + change).to(weight.dtype)
+    change = delta.to(torch.promote_types(delta.dtype, weight.dtype)) * (scale * row).unsqueeze(-1)
+    return change.mul_(col.unsqueeze(-2)).add_(weight).to(weight.dtype)
 
 
 class GatedActivations(torch.autograd.Function):
