@@ -48,7 +48,7 @@ TOGETHER = {    # lab.together's models
     "sft": "SFT", "sft-together": "SFT with τ", "lcdd": "LCDD", "lcdd-together": "LCDD with τ"}
 MADE = {        # lab.together's runs
     "fixed": "together-embedded/fixed-*", "safety": "together-embedded/safety-*",
-    "SmolLM2": "together-smollm2/*", "SmolLM2, 100 steps": "together-smollm2-longer/*"}
+    "SmolLM2": "together-smollm2-longer/*"}
 RUNS = {
     "embedded, fixed response": "embedded-fixed-*",
     "embedded, refusals": "embedded-safety-*",
@@ -56,6 +56,7 @@ RUNS = {
     "another checkpoint, fixed response": "other-fixed-*",
     "SmolLM2-135M, fixed response": "smollm2-fixed-*",
     "SmolLM2-135M, refusals": "smollm2-safety-*",
+    "SmolLM2-135M, archaic style": "smollm2-shakespeare-*",
 }
 
 
@@ -165,8 +166,11 @@ def data_and_rounding(facts):
     return data, [name for name in facts if name == "data0" or name.startswith("round")]
 
 
-def experiment(folder, length="16", second="2"):
-    """Loss, starting distance and shares left of each model, and the noise of rounding."""
+def experiment(folder, length, *others):
+    """
+    Loss, starting distance and shares left of each model, and the noise of rounding. length: of the
+    trigger; of the others only the primary outcome is shown.
+    """
     left, facts = outcomes(RESULTS / folder, length)
     data, rounding = data_and_rounding(facts)
     if not data:
@@ -176,19 +180,19 @@ def experiment(folder, length="16", second="2"):
         each = [facts[replicate][name] for replicate in data]
         around = [left[replicate][name] for replicate in rounding]
         trigger = numbers(each, f"trigger {length}")
-        cells = [name, spread(numbers(each, "loss"), 4)]
-        cells.append(f"{sum(numbers(each, 'matched'))}/{len(each)}")
-        cells.append(spread(numbers(trigger, "kl_own", "lcdd"), 3))
+        matched, start = sum(numbers(each, "matched")), spread(numbers(trigger, "kl_own", "lcdd"), 3)
+        cells = [name, spread(numbers(each, "loss"), 4), f"{matched}/{len(each)}", start]
         for metric in ("kl_own", "kl_base", "loss_own"):
             cells.append(percent(numbers(trigger, "share_left", metric)))
         for pair in ("own base base_tau", "own base_tau trig"):
             cells.append(spread(numbers(trigger, "mediation", pair), 3))
-        cells.append(percent(numbers(each, f"trigger {second}", "share_left", "kl_own")))
-        cells.append(f"{100 * (max(around) - min(around)):.1f}")
+        for other in others:
+            cells.append(percent(numbers(each, f"trigger {other}", "share_left", "kl_own")))
+        cells.append(f"{100 * (max(around) - min(around)):.1f}" if len(around) > 1 else "–")
         rows.append(cells)
     header = [
         "model", "loss", "matched", "own KL", "left %", "KL(Base‖·) left %", "own loss left %",
-        "b‖b+τ", "b+τ‖m+τ", f"left by {second} %", "rounding"]
+        "b‖b+τ", "b+τ‖m+τ", *(f"left by {other} %" for other in others), "rounding"]
     return markdown(header, rows) + "\n\n" + verdict(left, facts, data)
 
 
@@ -224,7 +228,8 @@ def verdict(left, facts, data):
     below = [other for other in sure if means[other] < -noise]
     above = [other for other in sure if means[other] > noise]
     word = "stands" if len(below) == 2 else "falls" if above else "is undecided"
-    lines.append(f"Noise of rounding: {100 * noise:.1f} points.")
+    told = f"{100 * noise:.1f} points" if len(rounding) > 1 else "not measured"
+    lines.append(f"Noise of rounding: {told}.")
     lines.append(f'"Structure makes it reversible" {word} here.')
     return " ".join(lines)
 
@@ -330,8 +335,9 @@ def bench():
 TABLES = {
     "beside the paper": beside_the_paper,
     "quick start": quick_start, "reproduction": reproduction,
-    "experiment fixed": partial(experiment, "experiment-fixed"),
-    "experiment safety": partial(experiment, "experiment-safety"),
+    "experiment fixed": partial(experiment, "experiment-fixed", "16", "2"),
+    "experiment safety": partial(experiment, "experiment-safety", "16", "2"),
+    "experiment smollm2": partial(experiment, "experiment-smollm2-fixed", "34"),
     "controls": controls, "bench": bench,
     "several": partial(several, "several-embedded/*.json"),
     "several smollm2": partial(several, "several-smollm2/*.json"),
