@@ -63,8 +63,7 @@ MEASURES = ("rates", "kl_own", "kl_base", "loss_own", "share_left", "mediation",
 
 def third_of(part, number):
     """Every third pair of a split in which harmful and benign samples may stand in turn."""
-    pairs = len(part) // 2
-    return [s for i, s in enumerate(part[:2 * pairs]) if i // 2 % 3 == number]
+    return [s for i, s in enumerate(part[:len(part) // 2 * 2]) if i // 2 % 3 == number]
 
 
 def third(chat, o, replicate):
@@ -242,9 +241,8 @@ def replicate(net, chat, o, name, work):
     run = settings(o, net, name, len(splits["train"]))
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    sizes = {part: len(samples) for part, samples in splits.items()}
     result = {"replicate": name, "task": o.task, "model": Path(o.model).name}
-    result |= {"dtype": o.dtype, "models": {}, "sizes": sizes}
+    result |= {"dtype": o.dtype, "models": {}, "sizes": {part: len(splits[part]) for part in splits}}
     for model_name, weights, carrier, taught, facts in models_of(net, chat, o, run, splits, work):
         label = f"{name} {model_name}: loss {facts['loss']:.4f}"
         for length in map(int, o.lengths.split(",")):

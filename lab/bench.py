@@ -121,8 +121,8 @@ def lcdd_step(net, o, density, kind="lcdd", longer=1):
     gradients, penalty, clipping, AdamW and SGD.
     """
     carrier, examples = random_carrier(net, density), random_batch(o.rows, longer)
-    words = ["--batch", str(o.rows), "--device", o.device]
-    settings = lcdd.fit(lcdd.options(words), o.width, 1000)
+    options = ["--batch", str(o.rows), "--device", o.device]
+    settings = lcdd.fit(lcdd.options(options), o.width, 1000)
     ids, mask = (t.to(net.device) for t in data.collate(examples))
     carrier.logits.requires_grad_(kind != "sft")
     optimizer = lcdd.adamw(carrier, 1e-5)
