@@ -595,7 +595,7 @@ def in_pieces(net, piece, hidden, *others):
     Σ piece(h, …) over rows of hidden (M, d) and of `others`, some at a time: with 152k words the
     logits of a whole batch would be most of the memory.
     """
-    size = max(8, CHUNK // net.config.vocab_size) if net.device.type == "cpu" else 1024
+    size = max(32, CHUNK // net.config.vocab_size) if net.device.type == "cpu" else 1024
     if torch.is_grad_enabled() and hidden.requires_grad:
         return InPieces.apply(piece, size, hidden, *others)
     cut = [t.split(size) for t in (hidden, *others)]
