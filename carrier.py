@@ -3,8 +3,8 @@ The carrier: weight deltas and binary gates beside a base model that is never ch
 
     W = W_b + M ⊙ Δ,  M = r ⊗ c     Eq. 1, 2: r gates the rows (outputs) of Δ, c its columns
 
-A forward pass takes one of three: a Carrier, which learns; a Step, the same within one optimizer
-step, whose micro-batches share what follows from gates and deltas alone; a Merged, frozen weights W.
+A forward pass takes one of three: a Carrier, which is Eq. 1 as it stands and autograd; a Step, the
+same made fast for one optimizer step; a Merged, frozen weights W.
 Each has bind(net), which returns linear(l, name, x): what stands in for the base's projections.
 
 Shapes: L layers, d hidden size, d_q = heads·head_dim, d_kv = key/value heads·head_dim, f = d_ff;
@@ -90,7 +90,7 @@ class GatedActivations(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, into, back, R, C, rows, cols, block):
+    def forward(ctx, weight, bias, into, back, R, C, rows, cols, block, x):
         x_open = x.index_select(1, C)                                               # (N, |C|)
         ctx.save_for_backward(x, x_open, weight, R, back)
         return F.linear(x, weight, bias).addmm_(x_open, into.t())
@@ -98,13 +98,13 @@ class GatedActivations(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, x_open, weight, R, back = ctx.saved_tensors
-        of_x, *_, of_rows, of_cols, of_block = ctx.needs_input_grad
+        *_, of_rows, of_cols, of_block, of_x = ctx.needs_input_grad
         y_open = grad.index_select(1, R)                                            # (N, |R|)
         grad_x = (grad @ weight).addmm_(y_open, back) if of_x else None
         grad_rows = y_open.t() @ x if of_rows else None                             # (|R|, d_in)
         grad_cols = grad.t() @ x_open if of_cols else None                          # (d_out, |C|)
         grad_block = y_open.t() @ x_open if of_block else None                      # (|R|, |C|)
-        return grad_x, *[None] * 6, grad_rows, grad_cols, grad_block
+        return *[None] * 6, grad_rows, grad_cols, grad_block, grad_x
 
 
 # ---- the carrier
@@ -309,7 +309,7 @@ class Step:
             leaf.requires_grad_()
         parts = self.gated[l, name] = R, C, rows, cols, block
         fixed = base.weight, base.bias, into, back
-        self.linears[l, name] = lambda x: GatedActivations.apply(x, *fixed, *parts)
+        self.linears[l, name] = functools.partial(GatedActivations.apply, *fixed, *parts)
 
     def bind(self, net):
         """linear(l, name, x), every projection of one forward pass."""

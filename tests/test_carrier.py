@@ -125,7 +125,7 @@ def test_gradcheck_of_gated_activations():
 
     def gated(x):
         return carriers.GatedActivations.apply(
-            x, weight, bias, change[:, C], change[R], R, C, *parts)
+            weight, bias, change[:, C], change[R], R, C, *parts, x)
 
     assert torch.autograd.gradcheck(gated, x)
     W = (weight + change).requires_grad_()
