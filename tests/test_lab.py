@@ -49,6 +49,9 @@ def test_the_verdict_of_the_experiment():
     assert "is undecided here" in told(0.100, 0.101, 0.2)
     assert "is undecided here" in told(0.05, 0.2, 0.2, spread=0.2)         # no p under 0.05
     assert "is undecided here" in told(0.05, 0.2, 0.2, rounding=0.2)       # less than the noise
+    alone = {f"data{i}": dict(lcdd=0.1, blind=0.2 + i, scaled=0.3 - i) for i in range(3)}
+    matched = {name: dict.fromkeys(of, {"matched": True}) for name, of in alone.items()}
+    assert "rounding: not measured" in tables.verdict(alone, matched, [*alone])
 
 
 def test_the_benchmark_runs_on_a_stand_in(monkeypatch, capsys):
@@ -58,6 +61,12 @@ def test_the_benchmark_runs_on_a_stand_in(monkeypatch, capsys):
                 "--device", "cpu"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["seconds"]["float32"]) == set(bench.CASES) and len(result["growth"]["float32"]) == 3
+
+    # Eq. 1 as it stands shares no work of a step
+    o = Namespace(device="cpu", layers=2, width=192, rows=2)
+    literal = bench.make("literal 1.0", bench.random_net(o, torch.float32), o)
+    monkeypatch.setattr(lcdd, "gradients", None)
+    literal()
 
 
 def test_replicates_are_disjoint_and_keep_the_kinds_in_balance():
@@ -77,9 +86,9 @@ def test_a_scaled_delta_has_the_loss_that_it_is_matched_to():
     carrier, o = random_carrier(net).with_gates(True), settings()
     ends = [lcdd.mean_loss(net, carrier.merge(net, factor), examples, o) for factor in (0.0, 1.0)]
     target = sum(ends) / 2
-    if ends[0] > ends[1]:                       # the search takes a loss that falls with the factor
-        _, loss, factor = ablate.scaled(net, carrier, examples, o, target)
-        assert abs(loss / target - 1) < 0.02 and 0 < factor < 1
+    assert ends[0] > ends[1]                    # the search takes a loss that falls with the factor
+    _, loss, factor = ablate.scaled(net, carrier, examples, o, target)
+    assert abs(loss / target - 1) < 0.02 and 0 < factor < 1
 
 
 def test_stops_keep_gates_and_blind_ones_do_not_see_the_task(tmp_path):
