@@ -279,7 +279,7 @@ class Step:
         """Projection `name` of all layers: Δ (L, d_out, d_in) and `base`, L nn.Linear."""
         delta.grad = torch.zeros_like(delta) if delta.grad is None else delta.grad.zero_()
         size = max(1, AT_ONCE[delta.device.type] // delta[0].numel())
-        all_of = tuple(map(range, delta[0].shape))
+        all_of = tuple(map(range, delta[0].shape))      # layers merged in one go are not looked at
         channels = zip(*map(open_channels, self.gates[name])) if size == 1 else [all_of] * len(base)
         for l, (R, C) in list(enumerate(channels))[::size]:
             if len(R) / delta.shape[1] + len(C) / delta.shape[2] < SPARSE_BELOW:
