@@ -36,7 +36,7 @@ PROJECTIONS = {
 FORMAT = 3              # of a carrier's file
 SPARSE_BELOW = 0.8      # |R|/d_out + |C|/d_in below which gating activations is cheaper than W
 LANES = 8               # open channels are taken in eights: 16 bytes of bf16, for matrix units
-AT_ONCE = {"cpu": 0, "cuda": 1 << 24}       # weights that are merged in one go: a GPU's launch costs
+AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}     # weights merged in one go: every call has its cost
 
 
 def group_sizes(config):

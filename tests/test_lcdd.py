@@ -46,8 +46,9 @@ def drawn(examples, o, steps, seed):
     dict(micro_batch=1),
     dict(floor=50.0, eta_grow=1.0, lambda_max=0.05),
 ])
-def test_alg_1_takes_the_oracles_steps(tmp_path, changed):
+def test_alg_1_takes_the_oracles_steps(tmp_path, monkeypatch, changed):
     """Ten joint steps and four of settling in float64: L, ε, λ, Δ and m; half of the gates shut."""
+    monkeypatch.setitem(carriers.AT_ONCE, "cpu", 0)             # as in models larger than a test's
     net, o = random_net("gqa"), settings(**changed)
     examples, carrier = random_batch(net, 12), random_carrier(net, 0.9)
     delta, m = for_oracle(carrier)
