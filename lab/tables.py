@@ -340,7 +340,6 @@ TABLES = {
     "experiment smollm2": partial(experiment, "experiment-smollm2-fixed", "34"),
     "controls": controls, "bench": bench,
     "several": partial(several, "several-embedded/*.json"),
-    "several smollm2": partial(several, "several-smollm2/*.json"),
     "together": together,
     "words": words,
 }
