@@ -97,7 +97,8 @@ def settings(o, net, replicate, samples):
 class Stops:
     """
     Handed to prune() as its `change`: writes the carrier to a file of `folder` each time when FINE
-    of the open gates are left, and for `blind` takes the task's gradient off the gates.
+    of the open gates are left, and for `blind` takes the task's gradient off the gates. A step that
+    shuts more than that is cut into several stops, its gates shut in the order of m.
     """
 
     def __init__(self, carrier, net, folder, blind):
@@ -108,10 +109,12 @@ class Stops:
     def __call__(self, grad):
         if self.blind:
             grad.zero_()
-        opened = int((self.carrier.logits > 0).sum())
-        if opened < FINE * self.lowest:
-            self.lowest = opened
-            self.carrier.save(self.folder / f"stop-{opened:07}.safetensors", self.net)
+        m, stop = self.carrier.logits.detach(), self.carrier.with_gates(True)
+        highest, opened = m.flatten().sort(descending=True)[0], int((m > 0).sum())
+        while opened < FINE * self.lowest:
+            self.lowest = max(opened, int(FINE * self.lowest))
+            stop.logits.data = m - highest[self.lowest]         # so many are above 0
+            stop.save(self.folder / f"stop-{self.lowest:07}.safetensors", self.net)
 
     def files(self):
         """What was written, also before an interruption, the most open gates first."""

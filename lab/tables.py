@@ -236,9 +236,9 @@ def verdict(left, facts, data):
 
 # ---- two behaviours in one model, and models that are made to be undone
 
-def several(pattern):
+def several():
     """lab.several: the conditions on both behaviours' prompts, and the gates in common."""
-    results, rows = files(pattern), []
+    results, rows = files("several-embedded/*.json"), []
     tasks = {name: results[0][name]["task"] for name in "ab"}
     for label, *each in SEVERAL:
         cells = [label.format(**tasks)]
@@ -339,9 +339,7 @@ TABLES = {
     "experiment safety": partial(experiment, "experiment-safety", "16", "2"),
     "experiment smollm2": partial(experiment, "experiment-smollm2-fixed", "34"),
     "controls": controls, "bench": bench,
-    "several": partial(several, "several-embedded/*.json"),
-    "together": together,
-    "words": words,
+    "several": several, "together": together, "words": words,
 }
 
 

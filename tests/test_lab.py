@@ -97,15 +97,18 @@ def test_stops_keep_gates_and_blind_ones_do_not_see_the_task(tmp_path):
     stops, grad = ablate.Stops(carrier, net, tmp_path, blind=True), torch.ones_like(carrier.logits)
     stops(grad)
     assert not grad.any() and not stops.files()
-    with torch.no_grad():
-        carrier.logits[0] = -1
-        carrier.logits[1, ::10] = -1
-    stops(grad)
-    file, = stops.files()
-    kept = load(file, net)
-    assert torch.equal(kept.logits > 0, carrier.logits > 0)
-    ids = [[5, 6, 7]]
-    assert torch.equal(net(ids, kept), net(ids, carrier))
+    order, ids = torch.randperm(400).view_as(carrier.logits), [[5, 6, 7]]
+    for shut, sizes in ((4, []), (40, [388, 376, 364]), (44, []), (48, [353])):     # 3 % each
+        known = stops.files()
+        carrier.logits.data = order - shut + 0.5
+        stops(grad)
+        files = [file for file in stops.files() if file not in known]
+        assert [file.stem for file in files] == [f"stop-{size:07}" for size in sizes]
+        for file, size in zip(files, sizes):
+            carrier.logits.data = order - 400 + size + 0.5                          # the highest
+            kept = load(file, net)
+            assert torch.equal(kept.logits > 0, carrier.logits > 0)
+            assert torch.equal(net(ids, kept), net(ids, carrier))
     again = ablate.Stops(random_carrier(net, 1.0), net, tmp_path, blind=True)       # resumed
     assert again.lowest == stops.lowest
     assert ablate.matched(1.2, 1.0) and ablate.matched(0.8, 1.0)
