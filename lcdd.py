@@ -583,8 +583,8 @@ def train(o, net, chat, splits, examples, run):
     told = f"base {base['rate']:.1%}, SFT {sft['rate']:.1%}"
     print(f"behaviour on {len(splits['validation'])} validation prompts: {told}", flush=True)
     if not o.go_on and not data.clearly_above(sft, base):
-        raise Failed(f"SFT did not teach the behaviour ({told}); give more --sft-steps or another "
-                     "--sft-lr, look at the data, name a --pattern, or train on with --go-on")
+        raise Failed(f"SFT did not teach the behaviour ({told}); try --sft-steps, --sft-lr, "
+                     f"--pattern, --go-on or other data: it saw {chat.decode(examples[0][0][-40:])!r}")
 
     # phase 2: LCDD, from SFT's deltas with gates of its own
     if not carrier_file.is_file():

@@ -536,7 +536,7 @@ def test_sft_that_teaches_nothing_ends_the_run(tmp_path):
     """
     words = ["--sft-steps", "1", "--sft-lr", "1e-9", "--out", str(tmp_path / "r")]
     short = [word for word in SHORT if word not in ("--max-len", "96")]
-    with pytest.raises(Failed, match="SFT did not teach the behaviour"):
+    with pytest.raises(Failed, match="SFT did not teach the behaviour .*it saw '.*I do not know"):
         lcdd.main([*short, *words])
     assert read_json(tmp_path / "r/config.json")["max_len"] == 256
 
