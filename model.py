@@ -531,7 +531,7 @@ class Llama(nn.Module):
         alive = list(range(len(prompts)))       # alive[b] is the prompt in row b of the batch
         finished = set()
         for step in range(max_new_tokens):
-            token = self.head(x).argmax(-1)                                         # (B)
+            token = wide(self.head(x)).argmax(-1)                   # (B); slow in bf16 on a CPU
             new = zip(alive, token.tolist())
             new = [(i, t) for i, t in new if i not in finished]
             finished.update(i for i, t in new if t in stop)
