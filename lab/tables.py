@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 DOCUMENTS = ("README.md", "docs/results.md")
 OPTIONS = {"check": (False, "fail if something would change"), "device": ("cpu", "not used")}
-NOTHING = "not measured yet"
 COLUMNS = [
     "", "gates off %", "base", "SFT", "LCDD", "+ trigger", "KL(SFT‖LCDD)", "KL(Base‖Trig)",
     "share of own KL left %", "accuracy after %"]
@@ -49,14 +48,15 @@ TOGETHER = {    # lab.together's models
 MADE = {        # lab.together's runs
     "fixed": "together-embedded/fixed-*", "safety": "together-embedded/safety-*",
     "SmolLM2": "together-smollm2-longer/*"}
-RUNS = {
-    "embedded, fixed response": "embedded-fixed-*",
-    "embedded, refusals": "embedded-safety-*",
-    "embedded, archaic style": "embedded-shakespeare-*",
-    "another checkpoint, fixed response": "other-fixed-*",
-    "SmolLM2-135M, fixed response": "smollm2-fixed-*",
-    "SmolLM2-135M, refusals": "smollm2-safety-*",
-    "SmolLM2-135M, archaic style": "smollm2-shakespeare-*",
+RUNS = {        # the first four are README's
+    "embedded, fixed response": "embedded-fixed-*/results.json",
+    "SmolLM2-135M, fixed response": "experiment-smollm2-fixed/data*.json",
+    "SmolLM2-135M, refusals": "smollm2-safety-*/results.json",
+    "SmolLM2-135M, archaic style": "smollm2-shakespeare-*/results.json",
+    "embedded, refusals": "embedded-safety-*/results.json",
+    "embedded, archaic style": "embedded-shakespeare-*/results.json",
+    "another checkpoint, fixed response": "other-fixed-*/results.json",
+    "SmolLM2-135M, fixed response, as shipped": "smollm2-fixed-*/results.json",
 }
 
 
@@ -102,7 +102,7 @@ def row_of(label, results):
     for name in evaluate.NAMES:
         cells.append(percent(numbers(results, "rates", name)))
     for key in ("sft_lcdd", "base_trig"):
-        cells.append(spread(numbers(results, "kl", key), 3))
+        cells.append(spread(numbers(results, "kl", key), 3) if "kl" in results[0] else "–")
     cells.append(percent(numbers(results, "share_left", "kl_own")))
     known = all("accuracy" in result for result in results)
     cells.append(percent(numbers(results, "accuracy", "trig")) if known else "–")
@@ -113,7 +113,10 @@ def reproduction():
     """Every behaviour beside the paper's rows of the fixed response."""
     rows = []
     for label, pattern in RUNS.items():
-        rows.append(row_of(label, files(f"{pattern}/results.json")))
+        results = files(pattern)
+        if "models" in results[0]:          # an experiment's replicates
+            results = [one | one["trigger 34"] for one in numbers(results, "models", "lcdd")]
+        rows.append(row_of(label, results))
     for name, (*rates, kl, kl_trig) in PAPER.items():
         cells = [f"the paper's {name}", *(f"{rate:.1f}" for rate in rates)]
         rows.append([*cells, f"{kl:.3f}", f"{kl_trig:.3f}", "–", "–"])
@@ -121,9 +124,9 @@ def reproduction():
 
 
 def beside_the_paper():
-    """reproduction() without the paper's 7B and 8B models, and without KLs on SFT's answers."""
+    """Five rows of reproduction(), without KLs on SFT's answers."""
     lines = [line.split(" | ") for line in reproduction().splitlines()]
-    wanted = [line for line in lines if "the paper's" not in line[0] or "Qwen3" in line[0]]
+    wanted = lines[:6] + [line for line in lines if "Qwen3" in line[0]]
     return "\n".join(" | ".join([*line[:6], line[8]]) + " |" for line in wanted)
 
 
@@ -145,7 +148,7 @@ def controls():
     for path in sorted(RESULTS.glob("controls-*")):
         results = files(f"{path.name}/*.json")
         rows.append(row_of(path.name.removeprefix("controls-"), results))
-    return markdown(COLUMNS, rows) if rows else NOTHING
+    return markdown(COLUMNS, rows)
 
 
 # ---- the experiment
@@ -173,8 +176,6 @@ def experiment(folder, length, *others):
     """
     left, facts = outcomes(RESULTS / folder, length)
     data, rounding = data_and_rounding(facts)
-    if not data:
-        return NOTHING
     rows = []
     for name in facts[data[0]]:
         each = [facts[replicate][name] for replicate in data]
@@ -337,7 +338,7 @@ TABLES = {
     "quick start": quick_start, "reproduction": reproduction,
     "experiment fixed": partial(experiment, "experiment-fixed", "16", "2"),
     "experiment safety": partial(experiment, "experiment-safety", "16", "2"),
-    "experiment smollm2": partial(experiment, "experiment-smollm2-fixed", "34"),
+    "experiment smollm2": partial(experiment, "experiment-smollm2-fixed", "34", "2"),
     "controls": controls, "bench": bench,
     "several": several, "together": together, "words": words,
 }
