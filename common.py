@@ -73,7 +73,10 @@ def run_command(main, together=False):
     try:
         start_processes(together)
         main()
+        summed(0)                       # none leaves before all are done
         sys.stdout.flush()
+        if processes() > 1:             # gloo may still drop tensors: Python's own end would abort
+            os._exit(0)
     except InputError as error:
         leave(error.status, f"{error.word}: {error}")
     except KeyboardInterrupt as error:
@@ -90,9 +93,6 @@ def run_command(main, together=False):
             raise
         leave(2, "error: more memory was needed than there is; a smaller --micro-batch or "
                  "--max-len, --checkpoint and --delta-dtype bfloat16 take less")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def leave(status, sentence):
